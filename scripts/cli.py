@@ -1,0 +1,34 @@
+"""What every script shares: one line per user error, exit code 2, and nearest-name help."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from hackle.zoo.errors import UserError
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls `main` and exits with its code; a `UserError` becomes one `error:` line and code 2."""
+    sys.exit(call(main))
+
+
+def call(main: Callable[[], int | None]) -> int:
+    """`run` without the exit: the exit code of `main`."""
+    try:
+        return main() or EXIT_OK
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in `known`, naming the nearest ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return UserError(f"unknown {kind} {name!r}; {hint}")
