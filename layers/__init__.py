@@ -1,0 +1,39 @@
+"""hackle.layers: layers for one's own Flax project, importable one by one.
+
+Plain arguments, no config objects; needs jax, flax and numpy only.
+"""
+
+if not __name__.startswith("hackle."):
+    raise ImportError(f"import this package as 'hackle.layers', not as {__name__!r}")
+
+from hackle.layers import cache, parscale, sharding
+from hackle.layers.attention import attention, attention_with_lse, masks, merge_attention
+from hackle.layers.decoder import DecoderBlock, SelfAttention
+from hackle.layers.embedding import Embedding, project_to_vocabulary
+from hackle.layers.linear import Linear
+from hackle.layers.mlp import GatedMLP
+from hackle.layers.norm import RMSNorm
+from hackle.layers.parameter import parameter
+from hackle.layers.rotary import rotary
+from hackle.layers.stack import REMAT_POLICIES, Stack
+
+__all__ = [
+    "REMAT_POLICIES",
+    "DecoderBlock",
+    "Embedding",
+    "GatedMLP",
+    "Linear",
+    "RMSNorm",
+    "SelfAttention",
+    "Stack",
+    "attention",
+    "attention_with_lse",
+    "cache",
+    "masks",
+    "merge_attention",
+    "parameter",
+    "parscale",
+    "project_to_vocabulary",
+    "rotary",
+    "sharding",
+]

@@ -1,0 +1,166 @@
+"""The public attention functions: check the arguments, choose an implementation, run it."""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hackle.layers.attention import cudnn, reference, xla
+from hackle.layers.attention.masks import Mask
+
+_log = logging.getLogger("hackle")
+
+_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "cudnn": cudnn}
+_PLANNED = ("pallas_gpu", "pallas_tpu")
+# What `None` tries, fastest first. XLA supports everything, so the choice always ends.
+_PREFERENCE = ("cudnn", "xla")
+_WITH_LSE = ("reference", "xla")
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped queries: `softmax(scale * q k^T + mask) v`.
+
+    Args:
+      query: `[B, L, H, E]`.
+      key: `[B, S, K, E]`, H divisible by K; query head h reads key head `h // (H / K)`.
+      value: `[B, S, K, E]`.
+      mask: which keys each query sees; None hides nothing.
+      scale: factor on the scores; None is `E ** -0.5`.
+      implementation: "reference", "xla" or "cudnn" runs exactly that or raises. None picks the
+        fastest that supports these arguments on the default device, and logs the choice once.
+
+    Returns:
+      `[B, L, H, E]` in the dtype of `query`. Softmax is computed in float32 or wider. A query
+      that sees no key gets 0.
+
+    Raises:
+      ValueError: shapes do not fit, or the implementation's name is unknown.
+      NotImplementedError: the named implementation cannot honour the arguments on this device.
+    """
+    scale = _check(query, key, value, scale)
+    name = _choose(implementation, _PREFERENCE, query, key, mask)
+    out = _IMPLEMENTATIONS[name].attend(query, key, value, mask, scale)
+    return out if name == "cudnn" else out[0]
+
+
+def attention_with_lse(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `attention`, and the log-sum-exp of the scores, `[B, L, H]` float32 (-inf: saw no key).
+
+    Differentiable in both results. "cudnn" is refused: its log-sum-exp comes in the dtype of the
+    query and without a gradient.
+    """
+    scale = _check(query, key, value, scale)
+    if implementation in _IMPLEMENTATIONS and implementation not in _WITH_LSE:
+        raise NotImplementedError(
+            f"implementation {implementation!r} gives no differentiable float32 log-sum-exp; "
+            f"use one of {_WITH_LSE}"
+        )
+    name = _choose(implementation, ("xla",), query, key, mask)
+    return _IMPLEMENTATIONS[name].attend(query, key, value, mask, scale)
+
+
+def merge_attention(
+    parts: Sequence[tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
+    """Joins attention over disjoint sets of keys into attention over their union, exactly.
+
+    Args:
+      parts: pairs `(out [B,L,H,E], lse [B,L,H])` as `attention_with_lse` returns them.
+
+    Returns:
+      `(out, lse)` of the union: `lse = log sum_i exp(lse_i)`, `out = sum_i exp(lse_i - lse) out_i`,
+      summed in float32 or wider; `out` in the dtype of the first part.
+    """
+    if not parts:
+        raise ValueError("merge_attention needs at least one part, got none")
+    for out, lse in parts:
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(f"part has output {out.shape} but log-sum-exp {lse.shape}")
+    lses = jnp.stack([lse for _, lse in parts])
+    top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.exp(lses - top)
+    total = jnp.sum(weights, axis=0)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1)
+    wide = lses.dtype
+    out = sum(
+        (w / safe)[..., None] * part.astype(wide)
+        for w, (part, _) in zip(weights, parts, strict=True)
+    )
+    lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
+    return out.astype(parts[0][0].dtype), lse
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None) -> float:
+    """Raises ValueError on shapes that do not fit; returns the scale."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"attention: {name} must be [batch, length, heads, head_width], "
+                             f"got shape {array.shape}")
+    if key.shape != value.shape:
+        raise ValueError(f"attention: key {key.shape} and value {value.shape} differ in shape")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"attention: query {query.shape} and key {key.shape} differ in batch or head width"
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"attention: {query.shape[2]} query heads are not a multiple of {key.shape[2]} key heads"
+        )
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _choose(
+    implementation: str | None,
+    preference: Sequence[str],
+    query: jax.Array,
+    key: jax.Array,
+    mask: Mask | None,
+) -> str:
+    if implementation is None:
+        reasons = []
+        for name in preference:
+            reason = _IMPLEMENTATIONS[name].unsupported(query, key, mask)
+            if reason is None:
+                _say_once(name, "; ".join(reasons))
+                return name
+            reasons.append(reason)
+        raise AssertionError("XLA supports everything")
+    if implementation in _PLANNED:
+        raise NotImplementedError(
+            f"attention implementation {implementation!r} is not in this version; "
+            f"there are {sorted(_IMPLEMENTATIONS)}"
+        )
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {implementation!r}; "
+            f"expected one of {sorted(_IMPLEMENTATIONS)} or None"
+        )
+    reason = _IMPLEMENTATIONS[implementation].unsupported(query, key, mask)
+    if reason is not None:
+        raise NotImplementedError(f"attention implementation {implementation!r}: {reason}")
+    return implementation
+
+
+@functools.cache
+def _say_once(name: str, reasons: str) -> None:
+    _log.info("attention: chose %r%s", name, f" ({reasons})" if reasons else "")

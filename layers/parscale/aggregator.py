@@ -1,0 +1,53 @@
+"""The join of the streams: a small MLP on all of them gives a weight to each."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hackle.layers.parameter import normal, parameter
+from hackle.layers.parscale.streams import join_streams, stream_weights
+
+
+class StreamAggregator(nnx.Module):
+    """Dynamic weighted sum of streams, `[P, B, L, D] -> [B, L, D]` (arXiv 2505.10475, Eq. 6-7).
+
+    `w = softmax(W2 silu(W1 [x_1; ...; x_P] + b1) + b2)`, smoothed, and `y = sum_p w_p x_p`.
+    W1 is kept as one `D x D` matrix per stream, so that its product with the concatenated streams
+    is a sum over streams: sharding the streams costs one all-reduce, and nothing is concatenated.
+
+    Args:
+      streams: P.
+      width: D.
+      smoothing: share of the weight that is spread evenly; 0.1 in all released checkpoints.
+
+    Raises:
+      ValueError: fewer than two streams, or smoothing outside [0, 1].
+    """
+
+    def __init__(self, streams: int, width: int, smoothing: float = 0.1, *, rngs: nnx.Rngs):
+        if streams < 2:
+            raise ValueError(f"StreamAggregator joins two or more streams, got {streams}")
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"smoothing must be in [0, 1], got {smoothing}")
+        zeros = nnx.initializers.zeros
+        self.hidden_weight = parameter(
+            rngs, (streams, width, width), ("stream", "embed", "embed_out"), normal()
+        )
+        self.hidden_bias = parameter(rngs, (width,), ("embed_out",), zeros)
+        self.output_weight = parameter(rngs, (width, streams), ("embed_out", "stream_score"), normal())
+        self.output_bias = parameter(rngs, (streams,), ("stream_score",), zeros)
+        self.streams = streams
+        self.smoothing = smoothing
+
+    def weights(self, x: jax.Array) -> jax.Array:
+        """The weights `[B, L, P]`, float32 or wider, of streams `x [P, B, L, D]`."""
+        if x.shape[0] != self.streams:
+            raise ValueError(f"expected {self.streams} streams on the leading axis, got {x.shape}")
+        hidden = jnp.einsum("pbld,pde->ble", x, self.hidden_weight[...].astype(x.dtype))
+        hidden = jax.nn.silu(hidden + self.hidden_bias[...].astype(x.dtype))
+        scores = hidden @ self.output_weight[...].astype(x.dtype)
+        scores = scores + self.output_bias[...].astype(x.dtype)
+        return stream_weights(scores, self.smoothing)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return join_streams(x, self.weights(x))
