@@ -1,13 +1,42 @@
 """Linen faces of the layer classes, for projects that are written in `flax.linen`.
 
     from hackle.layers import linen
-    y = linen.RMSNorm(width=64).apply(variables, x)
 
-Each has the arguments of its NNX namesake but `rngs`, and the same parameters.
+    class Mine(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return linen.GatedMLP(64, 256)(linen.RMSNorm(64)(x))
+
+Each takes the arguments of its NNX namesake except `rngs`, and a `name`. Parameters are boxed as
+`nn.LogicallyPartitioned` with their logical axis names, so `nn.logical_axis_rules` shards them and
+`nn.unbox` gives the plain arrays. A method other than `__call__` is called by its name, e.g.
+`linen.StreamPrefix(...).prepend(key, value, mask)`.
 """
 
-from flax.nnx import bridge
+import functools
+from collections.abc import Callable
+
+from flax import linen as nn
+from flax import nnx
 
 from hackle import layers
 
-RMSNorm = bridge.to_linen_class(layers.RMSNorm)
+
+def _boxed(v: nnx.Variable) -> nn.LogicallyPartitioned:
+    return nn.LogicallyPartitioned(v.get_value(), names=v.get_metadata("axes"))
+
+
+def _face(layer: type[nnx.Module]) -> Callable[..., nn.Module]:
+    face = functools.partial(nnx.bridge.to_linen, layer, metadata_fn=_boxed)
+    face.__doc__ = layer.__doc__
+    return face
+
+
+DecoderBlock = _face(layers.DecoderBlock)
+Embedding = _face(layers.Embedding)
+GatedMLP = _face(layers.GatedMLP)
+Linear = _face(layers.Linear)
+RMSNorm = _face(layers.RMSNorm)
+SelfAttention = _face(layers.SelfAttention)
+StreamAggregator = _face(layers.parscale.StreamAggregator)
+StreamPrefix = _face(layers.parscale.StreamPrefix)

@@ -1,0 +1,164 @@
+"""Prefill, then one token a step: `generate` for lists, `stream` for a terminal."""
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hackle.layers.cache import KeyValueCache
+from hackle.layers.causal_decoder import CausalDecoder
+from hackle.zoo.errors import UserError
+from hackle.zoo.generate.sampling import Sampling, row_keys, sample
+
+# Prompts and caches are rounded up to this, so that few lengths are compiled.
+_ROUND = 32
+
+
+def generate(
+    model: CausalDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    eos: int | Collection[int] | None = None,
+) -> list[list[int]]:
+    """Continues every prompt by up to `max_new_tokens` tokens; greedy unless told otherwise.
+
+    Args:
+      model: any `CausalDecoder`, e.g. from `zoo.create` or `zoo.from_pretrained`.
+      prompts: token ids, one list a prompt; lengths may differ.
+      max_new_tokens: at most this many new tokens a prompt.
+      temperature, top_k, top_p, min_p: see `Sampling`.
+      seed: with the row's number and the step, decides every sample.
+      eos: token id, or several, after which a row stops. None: no early stop.
+
+    Returns:
+      The new tokens of each prompt; a row that stopped ends with its `eos` token.
+
+    Raises:
+      UserError: an empty prompt, a token outside the vocabulary, more tokens than the model's
+        rotary range, or a sampling value out of range.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=_sampling(temperature, top_k, top_p, min_p),
+        seed=seed,
+        eos=eos,
+    ):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: CausalDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seed: int = 0,
+    eos: int | Collection[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the new token of every row, or None for rows that have stopped.
+
+    The next step runs on the device while the caller looks at this one. Arguments and errors as
+    in `generate`; they are checked at the call, before anything is computed.
+    """
+    _check(model, prompts, max_new_tokens)
+    stops = frozenset([eos] if isinstance(eos, int) else eos or ())
+    return _steps(model, prompts, max_new_tokens, sampling, seed, stops)
+
+
+def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
+    graph, state = nnx.split(model)
+    tokens, positions = _left_pad(prompts)
+    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    capacity = _round_up(tokens.shape[1] + max_new_tokens)
+    keys = row_keys(seed, len(prompts))
+    token, cache = _prefill(graph, capacity, sampling, state, tokens, positions, keys)
+    running = [True] * len(prompts)
+    for step in range(1, max_new_tokens + 1):
+        ready = token
+        if step < max_new_tokens:  # dispatched before this step is read: host and device overlap
+            position = lengths + (step - 1)
+            token, cache = _step(graph, sampling, state, ready, position, cache, keys, step)
+        out = [int(t) if on else None for t, on in zip(np.asarray(ready), running, strict=True)]
+        yield out
+        running = [on and t not in stops for on, t in zip(running, out, strict=True)]
+        if not any(running):
+            return
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(graph, capacity, sampling, state, tokens, positions, keys):
+    model = nnx.merge(graph, state)
+    cache = model.init_cache(tokens.shape[0], capacity)
+    features, cache = model.extend(tokens, cache, positions=positions)
+    return _next(model, features, keys, jnp.zeros((), jnp.int32), sampling), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5,))
+def _step(graph, sampling, state, token, position, cache: KeyValueCache, keys, step):
+    model = nnx.merge(graph, state)
+    features, cache = model.extend(token[:, None], cache, positions=position[:, None])
+    return _next(model, features, keys, step, sampling), cache
+
+
+def _next(model, features, keys, step, sampling):
+    """Samples after the last token, which left padding puts at the end of every row."""
+    return sample(model.logits(features[:, -1]), keys, step, sampling)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _ROUND) * _ROUND
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions int32 `[B, L]`; padding stands left, at position -1."""
+    length = _round_up(max(len(prompt) for prompt in prompts))
+    tokens = np.zeros((len(prompts), length), np.int32)
+    positions = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        positions[row, length - len(prompt) :] = np.arange(len(prompt))
+    return tokens, positions
+
+
+def _sampling(temperature, top_k, top_p, min_p) -> Sampling:
+    try:
+        return Sampling(temperature, top_k, top_p, min_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check(model, prompts, max_new_tokens) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    if not prompts:
+        raise UserError("there is no prompt; expected at least one")
+    config = model.config
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {row} is empty; expected at least one token")
+        for index, token in enumerate(prompt):
+            if not 0 <= token < config.vocab_size:
+                raise UserError(
+                    f"prompt {row} has token {token} at index {index}; "
+                    f"the vocabulary is 0..{config.vocab_size - 1}"
+                )
+        if len(prompt) + max_new_tokens > config.max_length:
+            raise UserError(
+                f"prompt {row} of {len(prompt)} tokens and {max_new_tokens} new ones exceed "
+                f"the model's rotary range of {config.max_length} tokens"
+            )
