@@ -1,0 +1,288 @@
+"""One suite for all implementations of attention: values, gradients, odd sizes, masks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hackle.layers import attention, attention_with_lse, masks, merge_attention
+from hackle.layers.attention import dispatch, xla
+
+IMPLEMENTATIONS = ["reference", "xla"]
+SHAPES = {  # B, L, S, H, K, E
+    "multi-head": (2, 8, 8, 4, 4, 8),
+    "grouped": (2, 7, 7, 6, 2, 10),
+    "multi-query": (1, 5, 5, 3, 1, 4),
+    "one query": (3, 1, 9, 4, 2, 8),
+    "odd cross": (1, 13, 29, 2, 1, 6),
+}
+
+
+def draw(shape, dtype=jnp.float32, seed=0):
+    b, l, s, h, k, e = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = ((b, l, h, e), (b, s, k, e), (b, s, k, e))
+    return [jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True)]
+
+
+def softmax_loop(query, key, value, visible, scale):
+    """Float64, one query and head at a time, numpy: shares no code with the implementations."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros((*query.shape[:3], value.shape[-1]))
+    lse = np.full(query.shape[:3], -np.inf)
+    groups = query.shape[2] // key.shape[2]
+    for b, l, h in np.ndindex(query.shape[:3]):
+        seen = np.flatnonzero(visible[b % len(visible), l])
+        if len(seen):
+            scores = scale * key[b, seen, h // groups] @ query[b, l, h]
+            lse[b, l, h] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+            out[b, l, h] = np.exp(scores - lse[b, l, h]) @ value[b, seen, h // groups]
+    return out, lse
+
+
+def ids(shape, high, seed):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape), jnp.int32)
+
+
+def all_masks(b, l, s):
+    """Every mask object, at sizes l x s."""
+    yield "none", None
+    yield "padding", masks.Padding(jnp.asarray([s, s // 2, 1][:b]))
+    yield "segments", masks.Segments(ids((b, l), 2, 1), ids((b, s), 2, 2))
+    yield "positions", masks.Positions(ids((b, l), 9, 3), ids((b, s), 9, 4))
+    yield (
+        "branches",
+        masks.Branches(
+            ids((b, 2, l), 2, 5), ids((b, 2, l), 3, 6), ids((b, 2, s), 2, 7), ids((b, 2, s), 3, 8)
+        ),
+    )
+    yield "prefix", masks.Prefix(2, masks.Positions(ids((b, l), 9, 3), ids((b, max(s - 2, 0)), 9, 4)))
+    yield "sees nothing", masks.Padding(jnp.zeros((b,), jnp.int32))
+    if l == s:
+        yield "causal", masks.Causal()
+        yield "packed", masks.Causal() & masks.Segments(ids((b, l), 2, 1), ids((b, l), 2, 1))
+
+
+CASES = [
+    pytest.param(shape, mask, id=f"{name}-{kind}")
+    for name, shape in SHAPES.items()
+    for kind, mask in all_masks(shape[0], shape[1], shape[2])
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape, mask", CASES)
+def test_values(shape, mask, implementation):
+    query, key, value = draw(shape)
+    b, l, s = shape[0], shape[1], shape[2]
+    visible = np.ones((1, l, s), bool) if mask is None else np.asarray(mask.dense(l, s))
+    expected, expected_lse = softmax_loop(query, key, value, visible, shape[-1] ** -0.5)
+    out, lse = attention_with_lse(query, key, value, mask=mask, implementation=implementation)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+    assert out.dtype == query.dtype and lse.dtype == jnp.float32
+    alone = attention(query, key, value, mask=mask, implementation=implementation)
+    np.testing.assert_array_equal(out, alone)
+
+
+@pytest.mark.parametrize("kind", ["causal", "padding", "sees nothing", "packed"])
+def test_gradients_agree(kind):
+    shape = SHAPES["grouped"]
+    mask = dict(all_masks(shape[0], shape[1], shape[2]))[kind]
+    args = draw(shape)
+    weight = jax.random.normal(jax.random.key(9), args[0].shape)
+
+    def loss(implementation, *args):
+        out, lse = attention_with_lse(*args, mask=mask, implementation=implementation)
+        return jnp.sum(out * weight) + jnp.sum(jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0))
+
+    results = [jax.grad(functools.partial(loss, i), (0, 1, 2))(*args) for i in IMPLEMENTATIONS]
+    for a, b in zip(*results, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    x, direction = args[0], jax.random.normal(jax.random.key(3), args[0].shape)
+    ahead, behind = (loss("xla", x + h * direction, *args[1:]) for h in (1e-2, -1e-2))
+    slope = jnp.sum(results[1][0] * direction)
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-2, atol=2e-3)  # float32 differences
+
+
+@pytest.mark.parametrize("queries", [16, 33, 100])
+def test_xla_tiles_equal_the_reference(queries, monkeypatch):
+    """Small tiles: several of them, the last one ragged, values and gradients."""
+    monkeypatch.setattr(xla, "TILE", 16 * queries)
+    query, key, value = draw((2, queries, queries, 4, 2, 8))
+    mask = masks.Causal() & masks.Segments(ids((2, queries), 2, 1), ids((2, queries), 2, 1))
+
+    def loss(implementation, query, key, value):
+        out, lse = attention_with_lse(query, key, value, mask=mask, implementation=implementation)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(lse)), (out, lse)
+
+    (_, small), grads = jax.value_and_grad(functools.partial(loss, "xla"), (0, 1, 2), has_aux=True)(
+        query, key, value
+    )
+    (_, whole), expected = jax.value_and_grad(
+        functools.partial(loss, "reference"), (0, 1, 2), has_aux=True
+    )(query, key, value)
+    for a, b in zip((*small, *grads), (*whole, *expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_xla_memory_is_linear_in_length():
+    def peak(length):
+        query, key, value = (
+            jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for _ in range(3)
+        )
+        f = jax.grad(
+            lambda *a: attention(*a, mask=masks.Causal(), implementation="xla").sum(), (0, 1, 2)
+        )
+        return jax.jit(f).lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(32768) < 2.5 * peak(16384)
+    assert peak(32768) < 32768**2  # a byte per entry of L x L would be more
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_merge_is_exact(parts):
+    shape = (2, 6, 30, 4, 2, 8)
+    query, key, value = draw(shape)
+    whole = attention_with_lse(query, key, value)
+
+    def merged(query, key, value):
+        cuts = np.array_split(np.arange(30), parts)
+        pieces = [attention_with_lse(query, key[:, c], value[:, c]) for c in cuts]
+        blind = masks.Padding(jnp.zeros((2,), jnp.int32))  # a part that sees nothing adds nothing
+        pieces.append(attention_with_lse(query, key, value, mask=blind))
+        return merge_attention(pieces)
+
+    for a, b in zip(merged(query, key, value), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+    def loss(f, *args):
+        out, lse = f(*args)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
+
+    for a, b in zip(
+        jax.grad(functools.partial(loss, merged), (0, 1, 2))(query, key, value),
+        jax.grad(functools.partial(loss, attention_with_lse), (0, 1, 2))(query, key, value),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_accumulates_in_float32(implementation):
+    query, key, value = draw((1, 64, 64, 4, 2, 32), jnp.bfloat16)
+    out = attention(query, key, value, mask=masks.Causal(), implementation=implementation)
+    visible = np.asarray(masks.Causal().dense(64, 64))
+    expected, _ = softmax_loop(query, key, value, visible, 32**-0.5)
+    assert out.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+    assert error < 5e-3  # one bfloat16 rounding of weights and one of the result
+
+
+def test_branches_hide_siblings_only():
+    """Row: shared, block 1 path 1, block 1 path 2, after the block; written out by hand."""
+    block = jnp.asarray([[[0, 1, 1, 0]]])
+    path = jnp.asarray([[[0, 1, 2, 0]]])
+    dense = np.asarray((masks.Causal() & masks.Branches(block, path, block, path)).dense(4, 4))[0]
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(dense, np.asarray(expected, bool))
+
+
+def test_masks_survive_jit_and_vmap():
+    query, key, value = draw(SHAPES["grouped"])
+    mask = masks.Causal() & masks.Padding(jnp.asarray([7, 3]))
+    plain = attention(query, key, value, mask=mask)
+    jitted = jax.jit(lambda q, k, v, m: attention(q, k, v, mask=m))(query, key, value, mask)
+    np.testing.assert_allclose(plain, jitted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q[0], k, v), "query must be"),
+        (lambda q, k, v: (q, k[:, 1:], v), "differ in shape"),
+        (lambda q, k, v: (q[..., 1:], k, v), "batch or head width"),
+        (lambda q, k, v: (q[:, :, :5], k, v), "not a multiple"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(*draw(SHAPES["grouped"])))
+
+
+def test_a_named_implementation_runs_or_raises(monkeypatch):
+    query, key, value = draw(SHAPES["multi-head"])
+    with pytest.raises(ValueError, match="unknown attention implementation 'flash'"):
+        attention(query, key, value, implementation="flash")
+    with pytest.raises(NotImplementedError, match="pallas_gpu"):
+        attention(query, key, value, implementation="pallas_gpu")
+    with pytest.raises(NotImplementedError, match="log-sum-exp"):
+        attention_with_lse(query, key, value, implementation="cudnn")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="NVIDIA GPU"):
+            attention(query, key, value, implementation="cudnn")
+
+
+def test_none_says_once_what_it_chose(caplog):
+    query, key, value = draw(SHAPES["multi-head"])
+    dispatch._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="hackle"):
+        attention(query, key, value)
+        attention(query, key, value)
+    assert [r.message.startswith("attention: chose 'xla'") for r in caplog.records] == [True]
+
+
+def test_masks_refuse_other_sizes():
+    query, key, value = draw(SHAPES["one query"])
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        attention(query, key, value, mask=masks.Causal())
+    with pytest.raises(ValueError, match="describes 5 tokens, but the array has 9"):
+        wrong = masks.Segments(jnp.zeros((3, 1), int), jnp.zeros((3, 5), int))
+        attention(query, key, value, mask=wrong)
+    with pytest.raises(ValueError, match="Prefix of 10"):
+        attention(query, key, value, mask=masks.Prefix(10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "causal", "padding", "prefix", "prefix-padding"])
+@pytest.mark.parametrize("width", [56, 64, 96, 128, 160])
+def test_cudnn_equals_the_reference(kind, width):
+    """Values and gradients in bfloat16, every head width of the released models."""
+    length, prefix = 160, 48
+    lengths = jnp.asarray([160, 77])
+    mask = {
+        "none": None,
+        "causal": masks.Causal(),
+        "padding": masks.Padding(lengths),
+        "prefix": masks.Prefix(prefix, masks.Causal()),
+        "prefix-padding": masks.Prefix(prefix, masks.Causal() & masks.Padding(lengths)),
+    }[kind]
+    keys = length + prefix if kind.startswith("prefix") else length
+    args = draw((2, length, keys, 8, 2, width), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(9), args[0].shape)
+
+    def run(implementation, *args):
+        def loss(*args):
+            out = attention(*args, mask=mask, implementation=implementation)
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*args)
+        return out, *grads
+
+    wide = [x.astype(jnp.float32) for x in args]
+    for a, b in zip(jax.jit(functools.partial(run, "cudnn"))(*args), run("reference", *wide), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-2  # bfloat16 operands
+
+
+@pytest.mark.gpu
+def test_cudnn_refuses_what_it_cannot_honour():
+    query, key, value = draw((1, 16, 16, 2, 1, 64), jnp.bfloat16)
+    packed = masks.Causal() & masks.Segments(ids((1, 16), 2, 1), ids((1, 16), 2, 1))
+    with pytest.raises(NotImplementedError, match="cannot honour Segments"):
+        attention(query, key, value, mask=packed, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        attention(*draw((1, 16, 16, 2, 1, 64)), implementation="cudnn")
