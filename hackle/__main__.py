@@ -35,10 +35,8 @@ def list_lines(prefix: str = "") -> list[str]:
         return []
     rows.insert(0, ("model", "family", "parameters", "without embedding"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}"
-        for row in rows
-    ]
+    template = "{{:<{}}}  {{:<{}}}  {{:>{}}}  {{:>{}}}".format(*widths)
+    return [template.format(*row) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
