@@ -1,0 +1,1 @@
+"""Tests mirror the tree; `tests/house` holds those about the project itself."""
