@@ -1,0 +1,1 @@
+"""Training: loss, step, optimiser, loop, checkpoints, metrics, recipes. Needs the extra `train`."""
