@@ -6,6 +6,7 @@ from flax import nnx
 
 from hackle.layers.parameter import normal, parameter
 from hackle.layers.parscale.streams import join_streams, stream_weights
+from hackle.layers.sharding import constrain
 
 
 class StreamAggregator(nnx.Module):
@@ -47,7 +48,11 @@ class StreamAggregator(nnx.Module):
         hidden = jax.nn.silu(hidden + self.hidden_bias[...].astype(x.dtype))
         scores = hidden @ self.output_weight[...].astype(x.dtype)
         scores = scores + self.output_bias[...].astype(x.dtype)
-        return stream_weights(scores, self.smoothing)
+        # Whole on every device that holds a stream, or the softmax would have to communicate.
+        scores = constrain(scores, "batch", "length", None)
+        return constrain(stream_weights(scores, self.smoothing), "batch", "length", None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return join_streams(x, self.weights(x))
+        # Each device takes the weights of its own streams. Said here so that the backward pass
+        # gathers the gradients of the weights [B, L, P] and not the streams [P, B, L, D].
+        return join_streams(x, constrain(self.weights(x), "batch", "length", "stream"))

@@ -51,7 +51,7 @@ def generate(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        sampling=_sampling(temperature, top_k, top_p, min_p),
+        sampling=Sampling(temperature, top_k, top_p, min_p),
         seed=seed,
         eos=eos,
     ):
@@ -133,13 +133,6 @@ def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
         tokens[row, length - len(prompt) :] = prompt
         positions[row, length - len(prompt) :] = np.arange(len(prompt))
     return tokens, positions
-
-
-def _sampling(temperature, top_k, top_p, min_p) -> Sampling:
-    try:
-        return Sampling(temperature, top_k, top_p, min_p)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _check(model, prompts, max_new_tokens) -> None:

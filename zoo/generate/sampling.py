@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hackle.zoo.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -19,7 +21,7 @@ class Sampling:
     The filters act in this order, after the temperature. The most likely token always stays.
 
     Raises:
-      ValueError: a value out of range, or a filter without temperature.
+      UserError: a value out of range, or a filter without temperature.
     """
 
     temperature: float = 0.0
@@ -29,16 +31,16 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature >= 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+            raise UserError(f"temperature must be >= 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+            raise UserError(f"top_k must be >= 1, got {self.top_k}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
+                raise UserError(f"{name} must be in (0, 1], got {value}")
         filters = [n for n in ("top_k", "top_p", "min_p") if getattr(self, n) is not None]
         if self.temperature == 0 and filters:
-            raise ValueError(f"{filters[0]} has no effect at temperature 0; set a temperature")
+            raise UserError(f"{filters[0]} has no effect at temperature 0; set a temperature")
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
@@ -60,7 +62,7 @@ def keep_likely(logits: jax.Array, how: Sampling) -> jax.Array:
     if how.top_k is not None and how.top_k < logits.shape[-1]:
         kept = jax.lax.top_k(logits, how.top_k)[0][..., -1:]
         logits = jnp.where(logits < kept, -jnp.inf, logits)
-    if how.top_p is not None:
+    if how.top_p is not None and how.top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
         chance = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(chance, axis=-1) - chance  # mass of the likelier tokens
