@@ -22,10 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def list_lines(prefix: str = "") -> list[str]:
     """One line per model whose name starts with `prefix`, under a header line."""
-    from hackle.zoo import list_models, registry  # late: --help and --version need no jax
+    from hackle.zoo import registry  # late: --help and --version need no jax
 
     rows = []
-    for name in list_models():
+    for name in registry.list_models():
         if name.startswith(prefix):
             entry = registry.entry(name)
             total = entry.config.parameter_count()
