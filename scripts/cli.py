@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from hackle.pjit_configs.errors import ConfigError
 from hackle.zoo.errors import UserError
 
 EXIT_OK = 0
@@ -12,7 +13,7 @@ EXIT_USER_ERROR = 2
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits with its code; a `UserError` becomes one `error:` line and code 2."""
+    """Calls `main` and exits with its code; a bad input becomes one `error:` line and code 2."""
     sys.exit(call(main))
 
 
@@ -20,7 +21,7 @@ def call(main: Callable[[], int | None]) -> int:
     """`run` without the exit: the exit code of `main`."""
     try:
         return main() or EXIT_OK
-    except UserError as error:
+    except (UserError, ConfigError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -1,0 +1,98 @@
+"""scripts/generate.py as a person runs it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from hackle import zoo
+from hackle.zoo.data.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
+from hackle.zoo.generate import generate
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPTS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPTS))
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    sizes = dict(vocab_size=300, width=16, mlp_width=16, depth=1, head_width=4)
+    model = zoo.create("parscale-tiny-p2", rngs=nnx.Rngs(0), **sizes)
+    zoo.save_pretrained(model, folder)
+    train_tokenizer(["def f(x):\n    return x + 1\n" * 50], 300, folder / FILE_NAME)
+    return folder
+
+
+def call(script, *args):
+    import cli
+
+    return cli.call(lambda: script.main([str(arg) for arg in args]))
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_streams_what_generate_writes(script, folder, capsys):
+    assert call(script, folder, "--prompt", "def f", "--max-new-tokens", 12) == 0
+    tokenizer = load_tokenizer(folder)
+    prompt = tokenizer.encode("def f")
+    (new,) = generate(
+        zoo.from_pretrained(folder), [prompt], max_new_tokens=12, eos=tokenizer.eos_id
+    )
+    expected = "def f" + tokenizer.decode(new, skip_special=True) + "\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_several_prompts_and_sampling(script, folder, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("return x")
+    args = [folder, "--prompt", "def", "--prompt-file", tmp_path / "prompt.txt", "--seed", 1]
+    args += ["--temperature", 0.9, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01]
+    assert call(script, *args, "--max-new-tokens", 5) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("--- 1\ndef") and "--- 2\nreturn x" in out
+
+
+def test_a_run_folder_gives_its_exported_model(script, folder, tmp_path, capsys):
+    (tmp_path / "model").symlink_to(folder)
+    assert call(script, tmp_path, "--prompt", "def", "--max-new-tokens", 2) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens must be >= 1"),
+        (["--max-new-tokens", "9999"], "rotary range of 512 tokens"),
+        (["--temperature", "-1"], "temperature must be >= 0"),
+        (["--top-k", "3"], "top_k has no effect at temperature 0"),
+        (["--stop", "no such token"], "expected one token"),
+        (["--preset", "cpu8_streams"], "unknown preset 'cpu8_streams'"),
+        (["--tokenizer", "missing.json"], "missing.json"),
+        (["--prompt-file", "missing.txt"], "prompt file missing.txt"),
+        (["--prompt", ""], "prompt 1 is empty"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_code_2(script, folder, change, message, capsys):
+    assert call(script, folder, "--prompt", "def", *change) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_no_model_and_no_prompt(script, folder, tmp_path, capsys):
+    assert call(script, tmp_path / "none", "--prompt", "x") == 2
+    assert call(script, folder) == 2
+    assert "there is no prompt" in capsys.readouterr().err
