@@ -66,8 +66,9 @@ def test_67_released_checkpoints_each_have_a_config():
             r"ParScale-(?:Qwen-|QwenInit-)?([\d.]+B)-P(\d)(?:-Inst|-Python|-Pile)?", name
         ).groups()
         assert entry.config.streams == int(streams)
-        assert entry.config.parameter_count(embedding=False) == (
-            COUNTS[size.lower()][registry.STREAMS.index(int(streams))]
+        assert (
+            entry.config.parameter_count(embedding=False)
+            == (COUNTS[size.lower()][registry.STREAMS.index(int(streams))])
         )
         assert entry.config.rope_theta == (1e6 if "Qwen" in name else 1e4)
         assert (entry.config.max_length, entry.config.smoothing) == (2048, 0.1)
@@ -95,7 +96,11 @@ def test_create_makes_a_model_with_overrides():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("parscale-1.8-p4", {}, r"unknown model 'parscale-1.8-p4'; did you mean .*parscale-1.8b-p4"),
+        (
+            "parscale-1.8-p4",
+            {},
+            r"unknown model 'parscale-1.8-p4'; did you mean .*parscale-1.8b-p4",
+        ),
         ("xyz", {}, "unknown model 'xyz'; known: dense-tiny"),
         ("dense-tiny", {"streams": 2}, "unknown config field of dense-tiny 'streams'"),
         ("dense-tiny", {"widht": 2}, "did you mean width"),

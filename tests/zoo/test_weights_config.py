@@ -75,7 +75,9 @@ def test_both_spellings_of_the_rotary_base(spelling):
 
 def test_no_rotary_base_is_ten_thousand():
     assert dense.read_config(QWEN).rope_theta == 1e4
-    assert dense.read_config({**QWEN, "rope_parameters": {"rope_type": "default"}}).rope_theta == 1e4
+    assert (
+        dense.read_config({**QWEN, "rope_parameters": {"rope_type": "default"}}).rope_theta == 1e4
+    )
 
 
 def test_full_attention_layers_are_accepted():
@@ -112,7 +114,7 @@ def test_full_attention_layers_are_accepted():
     ],
 )
 def test_refused_by_name_and_value(field, value, shown):
-    with pytest.raises(UserError, match="config.json") as caught:
+    with pytest.raises(UserError, match=r"config\.json") as caught:
         dense.read_config({**QWEN, field: value})
     assert shown in str(caught.value)
 

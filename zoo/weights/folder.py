@@ -18,7 +18,7 @@ from hackle.zoo.weights.tensor_file import FLOATS, TensorInfo, read_header
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_NAMES_SHOWN = 4
+_NAMES_SHOWN = 8
 
 
 class CheckpointError(UserError):
