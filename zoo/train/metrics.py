@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+
 from hackle.pjit_configs import chip_of
 
 

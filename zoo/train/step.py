@@ -137,7 +137,7 @@ class Program:
         self.loss_pieces = loss_pieces(rows, length, -(-vocab_size // split), max_logits)
 
         key = jax.eval_shape(lambda: jax.random.key(0))
-        self.graph, *groups = jax.eval_shape(self._split, key, *sources)
+        self.graph, *_ = jax.eval_shape(self._split, key, *sources)
         self.abstract: TrainState = jax.eval_shape(self._init, key, *sources)
         if not jax.tree.leaves(self.abstract.trainable):
             raise UserError(f"mode {mode!r} trains prefixes and aggregator, but the model has none")
@@ -178,12 +178,12 @@ class Program:
         """The model with the parameters of `state`, shared and not copied."""
         return nnx.merge(self.graph, state.trainable, state.frozen)
 
-    def lower_step(self) -> jax.stages.Lowered:
-        """The step lowered for abstract arrays: for memory analysis and for looking at its HLO."""
+    def trace_step(self) -> jax.stages.Traced:
+        """The step traced for abstract arrays; `.lower().compile()` gives its HLO and memory."""
         row = jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32)
         batch = dict.fromkeys(("tokens", "positions", "segment_ids"), row)
         with jax.set_mesh(self.mesh):
-            return self._jit_step.lower(self.abstract, batch)
+            return self._jit_step.trace(self.abstract, batch)
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on one device, from the shardings: parameters, optimiser, gradients, cast copy."""
@@ -232,9 +232,7 @@ class Program:
             )
             # The head takes the kept parameters and casts them itself, piece by piece, so that
             # its gradient adds up over the pieces in the kept dtype.
-            return next_token_loss(
-                features, targets, weights, kept.logits, pieces=self.loss_pieces
-            )
+            return next_token_loss(features, targets, weights, kept.logits, pieces=self.loss_pieces)
 
     def _gradients(self, state: TrainState, batch: Batch) -> tuple[nnx.State, LossSums]:
         """Gradient of the summed loss, and the sums."""
@@ -288,9 +286,7 @@ class Program:
             z=sums.z / count,
             accuracy=sums.correct / count,
             grad_norm=norm,
-            learning_rate=jnp.asarray(
-                self._learning_rate(state.step - state.skipped), jnp.float32
-            ),
+            learning_rate=jnp.asarray(self._learning_rate(state.step - state.skipped), jnp.float32),
             targets=targets,
             skipped=new.skipped,
             skipped_in_row=new.skipped_in_row,

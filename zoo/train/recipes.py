@@ -1,0 +1,135 @@
+"""Recipes by name: functions of a few arguments, composed with `Recipe.replace`.
+
+`RECIPES` maps each name to a function without arguments. To make one's own, change fields on the
+command line, or write a function here.
+"""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+from hackle.zoo.errors import UserError
+from hackle.zoo.train.recipe import REQUIRED, Recipe
+
+STREAMS = (1, 2, 4, 8)
+
+
+def tiny(streams: int) -> Recipe:
+    """1.1M weights in the trunk; learns to write Python-like lines on a CPU within minutes."""
+    return Recipe(
+        model=f"parscale-tiny-p{streams}",
+        length=256,
+        batch=16,
+        steps=400,
+        learning_rate=2e-3,
+        warmup=40,
+        eval_every=100,
+        save_every=100,
+    )
+
+
+def small(streams: int) -> Recipe:
+    """27M weights for one GPU, about nine epochs of the standard library."""
+    return Recipe(
+        model=f"parscale-tiny-p{streams}",
+        overrides={
+            "width": 512, "mlp_width": 1408, "depth": 8, "heads": 8, "head_width": 64,
+            "prefix_length": 48,
+        },
+        length=512,
+        batch=64,
+        steps=1000,
+        learning_rate=1e-3,
+        warmup=100,
+        preset="h100x1",
+        eval_every=100,
+        eval_batches=16,
+        save_every=500,
+    )  # fmt: skip
+
+
+def stage_1(base: Recipe) -> Recipe:
+    """The first of two stages: P=1, warm-up and then a constant learning rate.
+
+    `base` is a recipe of P=1.
+    """
+    return base.replace(schedule="wsd", decay=0)
+
+
+def stage_2(base: Recipe, share: float = 0.25) -> Recipe:
+    """The second: P streams around the trunk of stage 1, on the data that follow.
+
+    The new parameters are N(0, 0.02^2). All of stage 2 but a short warm-up is the decay of the
+    learning rate, as in the paper's 1T-token run, where this stage was 2 % of the tokens.
+
+    Args:
+      base: the recipe of P streams that would train from scratch.
+      share: of the steps of `base`.
+    """
+    steps = max(round(base.steps * share), 2)
+    warmup = max(steps // 20, 1)
+    return base.replace(
+        schedule="wsd", steps=steps, warmup=warmup, decay=steps - warmup, start_from=REQUIRED
+    )
+
+
+def frozen_trunk(base: Recipe, share: float = 0.25) -> Recipe:
+    """Stage 2 with only prefixes and aggregator trained (the paper's tuning of Qwen2.5-3B)."""
+    return stage_2(base, share).replace(mode="frozen_trunk")
+
+
+def throughput(size: str, streams: int, batch: int, accumulate: int = 1) -> Recipe:
+    """Speed of a released size on one H100: random tokens, 20 steps, nothing kept."""
+    return Recipe(
+        model=f"parscale-{size}-p{streams}",
+        corpus="random",
+        vocab_size=151936,
+        length=2048,
+        batch=batch,
+        accumulate=accumulate,
+        steps=20,
+        warmup=5,
+        learning_rate=3e-4,
+        preset="h100x1",
+        remat="full",
+        eval_every=0,
+        eval_batches=0,
+        save_every=0,
+        keep=1,
+        export=False,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    **{f"parscale-tiny-p{p}": partial(tiny, p) for p in STREAMS},
+    **{f"parscale-small-p{p}": partial(small, p) for p in STREAMS},
+    "parscale-tiny-stage1": lambda: stage_1(tiny(1)),
+    "parscale-tiny-stage2-p4": lambda: stage_2(tiny(4)),
+    "parscale-tiny-frozen-p4": lambda: frozen_trunk(tiny(4)),
+    "parscale-small-stage1": lambda: stage_1(small(1)),
+    "parscale-small-stage2-p4": lambda: stage_2(small(4)),
+    "parscale-small-frozen-p4": lambda: frozen_trunk(small(4)),
+    **{
+        f"throughput-{size}-p{p}": partial(throughput, size, p, 8, p)
+        for size in ("0.9b", "1.8b")
+        for p in (1, 4)
+    },
+}
+
+
+def list_recipes() -> list[str]:
+    """Names of all recipes."""
+    return list(RECIPES)
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+      UserError: there is none; names the nearest ones.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(RECIPES)}"
+        raise UserError(f"unknown recipe {name!r}; {hint}")
+    return RECIPES[name]()
