@@ -126,7 +126,7 @@ def entry(name: str) -> Entry:
     """
     ours = RELEASED.get(name.removeprefix("ParScale/"), name)
     if ours not in _ENTRIES:
-        raise UserError(_unknown("model", name, [*_ENTRIES, *RELEASED]))
+        raise UserError(_unknown("model", name, _ENTRIES, RELEASED))
     return _ENTRIES[ours]
 
 
@@ -176,9 +176,9 @@ def family_of_type(model_type: str) -> Family:
     raise UserError(f"config.json: model_type {model_type!r} is not supported; known: {known}")
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def _unknown(kind: str, name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     known = list(known)
-    lower = {one.lower(): one for one in reversed(known)}
+    lower = {one.lower(): one for one in reversed([*known, *also])}
     near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(lower[one] for one in near)}?" if near else ""
     return f"unknown {kind} {name!r}; {hint or 'known: ' + ', '.join(known)}"

@@ -441,7 +441,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, golden):
     (notes / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not a checkpoint"):
         zoo.save_pretrained(model, notes, overwrite=True)
-    with pytest.raises(UserError, match="it is a file"):
+    with pytest.raises(UserError, match="is a file"):
         zoo.save_pretrained(model, notes / "notes.txt")
     assert sorted(p.name for p in golden.iterdir()) == before
     assert [p.name for p in notes.iterdir()] == ["notes.txt"]

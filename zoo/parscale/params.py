@@ -3,12 +3,16 @@
 Source of names and shapes: the released files; see the model card for what was checked.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
+
 from hackle.zoo.dense import params as dense
+from hackle.zoo.dense.modeling import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
-from hackle.zoo.parscale.modeling import ParScaleConfig
+from hackle.zoo.parscale.modeling import ParScaleConfig, ParScaleLM
 from hackle.zoo.weights.config_fields import Fields
 from hackle.zoo.weights.table import Row
 
@@ -80,3 +84,18 @@ def write_config(config: ParScaleConfig) -> dict[str, Any]:
         "parscale_n_tokens": config.prefix_length,
         "parscale_attn_smooth": config.smoothing,
     }
+
+
+def as_dense(model: ParScaleLM) -> DenseLM:
+    """A one-stream model as the Qwen2 model that it is; the arrays are shared, not copied.
+
+    Raises:
+      UserError: the model has more streams.
+    """
+    if model.config.streams != 1:
+        raise UserError(f"a model of {model.config.streams} streams is no dense model; expected 1")
+    names = {field.name for field in dataclasses.fields(DenseConfig)}
+    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k in names}
+    config = DenseConfig(**fields, qkv_bias=True)
+    graph = nnx.split(nnx.eval_shape(lambda: DenseLM(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graph, nnx.state(model))

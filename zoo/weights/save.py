@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
+    files: Iterable[str | Path] = (),
 ) -> None:
     """Writes a model as a published folder: safetensors, their index if sharded, config.json.
 
@@ -61,6 +62,7 @@ def save_pretrained(
       max_shard_bytes: a file holds at most this many bytes of data, and at least one tensor.
       overwrite: replace a checkpoint; other files of the folder, such as a tokenizer, stay.
       extra: fields of config.json that do not concern the model, e.g. `eos_token_id`.
+      files: to copy into the folder, e.g. a tokenizer.json.
 
     Raises:
       UserError: the folder holds something already, cannot be written, or the disk is too small;
@@ -81,8 +83,8 @@ def save_pretrained(
     fields |= {"torch_dtype": str(kind), **(extra or {})}
     shards = _shards(tensors, kind.itemsize, max_shard_bytes)
 
+    check_target(folder, overwrite)
     target = Path(os.path.realpath(folder))
-    _check_target(target, overwrite)
     temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,8 @@ def save_pretrained(
     try:
         _check_space(temporary, sum(math.prod(t.shape) for t in tensors) * kind.itemsize)
         _write(temporary, fields, shards, kind)
+        for file in files:
+            shutil.copyfile(file, temporary / Path(file).name)
         _replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
@@ -171,9 +175,23 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"cannot write {target}: it is a file")
+def check_target(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuses a folder that `save_pretrained` would refuse, before there is a model to save.
+
+    Raises:
+      UserError: it holds something, is a file, or cannot be made.
+    """
+    target = Path(os.path.realpath(folder))
+    above = next(p for p in (target, *target.parents) if p.exists())
+    if not above.is_dir():
+        raise UserError(f"cannot write {target}: {above} is a file")
+    probe = above / f".writable-{os.getpid()}"
+    try:
+        # Trying is the only test that read-only file systems and administrators do not fool.
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror} in {above}") from error
     held = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
     if not held:
         return
@@ -197,6 +215,7 @@ def _replace(temporary: Path, target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         for path in target.iterdir():
             ours = path.name in (CONFIG_FILE, INDEX_FILE) or path.suffix == ".safetensors"
+            ours = ours or (temporary / path.name).exists()
             if not ours and path.is_dir():
                 shutil.copytree(path, temporary / path.name)
             elif not ours:
