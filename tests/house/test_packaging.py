@@ -52,15 +52,18 @@ def pip(*arguments: str) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def probe(kind: str, place: Path, cwd: Path) -> tuple[Path, str]:
     paths = sysconfig.get_paths()
     libraries = [str(cwd)] if kind == "clone" else []
     libraries += [paths["purelib"], paths["platlib"]]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     ran = subprocess.run(
         [sys.executable, "-S", "-c", PROBE, kind, str(place), *libraries],
         cwd=cwd,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -137,7 +140,7 @@ def test_editable_install_gives_one_module_object(clone, tmp_path):
         )
         library = sysconfig.get_paths()["purelib"]
         command = [sys.executable, "-S", "-c", code, str(place), library]
-        subprocess.run(command, cwd=tmp_path, check=True)
+        subprocess.run(command, cwd=tmp_path, env=environment(), check=True)
     finally:
         late.unlink()
 
