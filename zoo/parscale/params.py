@@ -57,7 +57,7 @@ def read_config(fields: Mapping[str, Any]) -> ParScaleConfig:
     read = Fields(fields)
     read.only("model_type", MODEL_TYPE)
     common = dense.read_trunk(read)
-    own = {
+    own: dict[str, Any] = {
         "streams": read.integer("parscale_n", 1),
         "prefix_length": read.integer("parscale_n_tokens", 48),
         "smoothing": read.number("parscale_attn_smooth", 0.01, 0, 1),

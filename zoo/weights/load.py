@@ -87,7 +87,8 @@ def _load(
     shape, row = parameter.shape, parameter.row
     names = row.names(shape)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         # A fresh array: on a CPU, JAX may use the memory that it is given.
         part = np.empty([stop - start for start, stop in bounds], dtype)

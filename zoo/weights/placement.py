@@ -22,6 +22,8 @@ MESH_AXIS = {
     "vocab": "tensor",
     "embed_out": "tensor",
 }
+# `data` and `seq` split no parameter.
+_KNOWN = ("data", "fsdp", "stream", "seq", "tensor")
 
 
 def placement(state: nnx.State, mesh: Any) -> dict[tuple[Any, ...], Sharding | None]:
@@ -32,13 +34,20 @@ def placement(state: nnx.State, mesh: Any) -> dict[tuple[Any, ...], Sharding | N
         `.shardings(abstract_state)`, such as a preset of `hackle.pjit_configs`.
 
     Raises:
-      UserError: naming the parameter, when a dimension does not divide over the mesh.
+      UserError: naming the parameter, when a dimension does not divide over the mesh; an axis of
+        a plain mesh that hackle does not know.
       TypeError: `mesh` is none of these.
     """
     flat = nnx.to_flat_state(state)
     if mesh is None:
         return {tuple(path): None for path, _ in flat}
     if isinstance(mesh, Mesh):
+        foreign = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in _KNOWN]
+        if foreign:
+            raise UserError(
+                f"mesh axis {foreign[0]!r} is none of hackle's ({', '.join(_KNOWN)}); rename it, "
+                "or pass a preset"
+            )
         return {tuple(path): _sharding(path, variable, mesh) for path, variable in flat}
     if not hasattr(mesh, "shardings"):
         raise TypeError(
