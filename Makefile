@@ -9,7 +9,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Compiled programs are kept from run to run.
 PYTEST := HACKLE_TEST_CACHE=$(VENV)/.jax_cache $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from hackle.pjit_configs.axes import MESH_AXES
@@ -64,9 +65,12 @@ def build_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = 
             needed = math.prod(mesh_sizes(shape).values())
             devices = devices[:needed]
     sizes = mesh_sizes(shape, len(devices))
-    # Spelled out: the default type of `make_mesh` is Explicit.
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    # Neighbours in the mesh become neighbours in a TPU's torus; one axis of the torus may hold
+    # several of ours, which `jax.make_mesh` refuses.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices=devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def describe_mesh(mesh: Mesh) -> str:
