@@ -1,7 +1,7 @@
 """The golden checkpoint: a tiny ParScale model whose weights follow a closed formula.
 
-The expected outputs come from the official implementation run in float64; they were published
-nowhere, they were made for this project. `write_golden_checkpoint` writes the weights in the
+The outputs that tests expect of it come from the official implementation, run in float64 on these
+weights. `write_golden_checkpoint` writes the weights in the
 published layout (safetensors + config.json), so that loading it tests the importer as well.
 """
 
