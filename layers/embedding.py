@@ -22,9 +22,31 @@ class Embedding(nnx.Module):
         return project_to_vocabulary(x, self.weight[...].T)
 
 
+@jax.custom_vjp
 def project_to_vocabulary(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`[..., D] x [D, V] -> [..., V]`, accumulated and returned in float32 (or wider)."""
+    """`[..., D] x [D, V] -> [..., V]`, accumulated and returned in float32 (or wider).
+
+    The product takes its operands in the dtype of `x`, forward and backward; the gradient of
+    `weight` is accumulated and returned in the dtype of `weight`.
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(
-        "...d,dv->...v", x, weight.astype(x.dtype), preferred_element_type=wide
+    return jnp.einsum("...d,dv->...v", x, weight.astype(x.dtype), preferred_element_type=wide)
+
+
+def _forward(x, weight):
+    return project_to_vocabulary(x, weight), (x, weight)
+
+
+def _backward(saved, gradient):
+    # Without this, autodiff multiplies the float32 gradient of the logits by float32 copies of
+    # its operands: at 150,000 entries that took a seventh of a training step on an H100.
+    x, weight = saved
+    gradient = gradient.astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, weight.dtype)
+    return (
+        jnp.einsum("...v,dv->...d", gradient, weight.astype(x.dtype)),
+        jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide).astype(weight.dtype),
     )
+
+
+project_to_vocabulary.defvjp(_forward, _backward)

@@ -31,7 +31,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
-        cells = ("–" if row[name] is None else _cell(row[name]) for name in head)
+        cells = ("-" if row[name] is None else _cell(row[name]) for name in head)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -62,6 +62,21 @@ def test_embedding_both_ways_and_out_of_range():
     assert np.isnan(table(jnp.asarray([5]))).all(), "an id past the table must not read another row"
 
 
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)])
+def test_gradients_of_the_head(dtype, atol):
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=size) for size in ((3, 5, 4), (4, 7), (3, 5, 7)))
+    x = jnp.asarray(x, dtype)
+    weight = jnp.asarray(w, jnp.float32)
+    logits, pull = jax.vjp(layers.project_to_vocabulary, x, weight)
+    dx, dw = pull(jnp.asarray(g, jnp.float32))
+    assert (logits.dtype, dx.dtype, dw.dtype) == (jnp.float32, dtype, jnp.float32)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(logits, exact @ w, atol=atol)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), g @ w.T, atol=atol)
+    np.testing.assert_allclose(dw, np.einsum("abd,abv->dv", exact, g), atol=2 * atol)
+
+
 def test_linear_contracts_groups_of_axes():
     layer = layers.Linear((2, 3), (4,), ("heads", "head_width", "embed"), bias=True, rngs=nnx.Rngs(0))
     layer.bias.set_value(jnp.arange(4.0))

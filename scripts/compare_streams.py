@@ -1,0 +1,149 @@
+"""Trains one recipe at several numbers of streams on the same tokens, and compares the losses.
+
+Each run goes to OUT/p<P>; the same command again goes on or reuses what is finished.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import report
+from cli import run
+
+EXAMPLES = """examples:
+  python scripts/compare_streams.py --recipe parscale-tiny --streams 1 4 --out runs/tiny
+  python scripts/compare_streams.py --recipe parscale-small --streams 1 2 4 8 --out runs/small \\
+      --report
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run of the comparison."""
+
+    streams: int
+    parameters: int
+    trunk_parameters: int
+    summary: Any
+
+
+def compare(recipes: dict[int, Any], out: Path) -> list[Result]:
+    """Trains `recipes` (streams -> recipe) one after the other into `out/p<streams>`."""
+    from hackle.zoo.errors import UserError
+    from hackle.zoo.train.loop import run as train
+    from hackle.zoo.train.plan import Plan
+
+    seen = {(r.steps, r.batch, r.length, r.seed, r.corpus, r.packing) for r in recipes.values()}
+    if len(seen) > 1:
+        raise UserError(f"the recipes do not see the same tokens: {sorted(map(str, seen))}")
+    results = []
+    for streams, recipe in recipes.items():
+        config = Plan(recipe).config  # all are checked before the first is trained
+        trunk = dataclasses.replace(config, streams=1)
+        results.append(
+            Result(streams, config.parameter_count(), trunk.parameter_count(embedding=False), None)
+        )
+    for index, (streams, recipe) in enumerate(recipes.items()):
+        print(f"\n=== P = {streams} ===", flush=True)
+        summary = train(recipe, out / f"p{streams}")
+        results[index] = dataclasses.replace(results[index], summary=summary)
+        if not summary.finished:
+            print("stopped; the same command goes on")
+            raise SystemExit(0)
+    return results
+
+
+def rows(results: list[Result]) -> list[dict[str, Any]]:
+    """The table: one row a run."""
+    base = results[0].summary.validation_loss
+    return [
+        {
+            "P": r.streams,
+            "parameters": r.parameters,
+            "validation loss": r.summary.validation_loss,
+            f"against P={results[0].streams}": r.summary.validation_loss - base,
+            "training loss": r.summary.loss,
+            "tokens/s": None
+            if r.summary.tokens_per_second is None
+            else round(r.summary.tokens_per_second),
+            "MFU %": None if r.summary.mfu is None else 100 * r.summary.mfu,
+            "waiting for input %": None
+            if r.summary.input_wait is None
+            else 100 * r.summary.input_wait,
+            "skipped steps": r.summary.skipped,
+        }
+        for r in results
+    ]
+
+
+def plot(results: list[Result], out: Path) -> Path:
+    """Loss curves of all runs in one picture, OUT/loss.png."""
+    from hackle.zoo.train.report import plot_losses
+
+    return plot_losses({f"P={r.streams}": out / f"p{r.streams}" for r in results}, out / "loss.png")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--recipe", required=True, help="name without -p<P>, e.g. parscale-tiny")
+    p.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8], help="default 1 2 4 8")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py")
+    p.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    p.add_argument("--report", action="store_true", help="write reports/streams_<hardware>_<date>")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from hackle.zoo.train.recipes import recipe
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hackle").setLevel(logging.INFO)
+    recipes = {p: recipe(f"{args.recipe}-p{p}").set(args.set) for p in args.streams}
+    results = compare(recipes, args.out)
+    table = rows(results)
+    picture = plot(results, args.out)
+    print(f"\n{report.table(table)}\nplot: {picture}")
+    if args.report:
+        write_report(args.recipe, recipes, table, args.out)
+    return 0
+
+
+def write_report(name: str, recipes: dict[int, Any], table: list[dict], out: Path) -> None:
+    import jax
+
+    from hackle.zoo.train.report import read_metrics
+    from hackle.zoo.train.source import Source
+
+    first = next(iter(recipes.values()))
+    curves = []
+    checks = {
+        p: {e["step"]: e["validation_loss"] for e in read_metrics(out / f"p{p}")
+            if "validation_loss" in e}
+        for p in recipes
+    }  # fmt: skip
+    for step in sorted(next(iter(checks.values()))):
+        curves.append({"step": step, "tokens": step * first.batch * first.length}
+                      | {f"P={p}": checks[p].get(step) for p in recipes})  # fmt: skip
+    text = (
+        f"Recipe `{name}`: {first.steps:,} steps of {first.batch} x {first.length} tokens "
+        f"({first.tokens:,} in all), the same tokens in the same order for every P. "
+        f"{Source(first).description}. Losses are mean nats a token."
+    )
+    path = report.write(
+        "streams",
+        jax.devices()[0].device_kind,
+        title="Validation loss against the number of streams, at equal tokens",
+        sections=[text, report.table(table), "Validation loss over the run:", report.table(curves)],
+        record={"recipe": first.to_json(), "rows": table, "curves": curves},
+    )
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    run(main)
