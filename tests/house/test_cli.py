@@ -20,6 +20,7 @@ OPTIONS: dict[str, str] = {
         "--threads --vocab-size --windows --workers"
     ),
     "scripts/bench_train.py": "--attention --case --preset --report --steps",
+    "scripts/compare_streams.py": "--out --recipe --report --set --streams",
     "scripts/convert.py": "",
     "scripts/convert.py copy": "--dtype --max-shard-gb --overwrite --to --tokenizer",
     "scripts/convert.py export": "--dtype --max-shard-gb --overwrite --step --tokenizer",
@@ -29,6 +30,7 @@ OPTIONS: dict[str, str] = {
         "--dtype --max-shard-gb --overwrite --prefix-length --seed --smoothing --streams "
         "--tokenizer"
     ),
+    "scripts/demo.py": "--data-dir --out --steps",
     "scripts/generate.py": (
         "--dtype --max-new-tokens --min-p --preset --prompt --prompt-file --seed --stop "
         "--temperature --tokenizer --top-k --top-p"
