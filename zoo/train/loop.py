@@ -119,7 +119,7 @@ def run(
     source = Source(recipe)
     identity = plan.identity(source.fingerprint)
     saved = None if last is None else folder.metadata(last)
-    if saved is not None:
+    if last is not None and saved is not None:
         check_identity(saved["identity"], identity, folder.checkpoints / str(last))
         if last >= recipe.steps and (done := _finished(out)) is not None:
             say(f"finished before: {out} holds all {recipe.steps} steps; nothing to do")
@@ -181,7 +181,7 @@ class Run:
         start = last or 0
         if self.first:
             self.log = MetricsLog(self.folder.path, start)
-        progress = Silent()
+        progress: Progress = Silent()
         if self.first:
             progress = Progress(start, recipe.steps, every=self.progress_every)
         batches = Prefetch(iterator, lambda batch: place(batch, program.batch_sharding))
@@ -272,6 +272,7 @@ class Run:
         if in_row:
             progress.say(f"step {step}: loss or gradient not finite, skipped ({in_row} in a row)")
         if in_row >= self.recipe.max_nonfinite:
+            self.checkpoints.wait()
             last = self.folder.latest()
             kept = "no checkpoint yet" if last is None else f"last good checkpoint: step {last}"
             raise NonFiniteError(

@@ -20,7 +20,7 @@ from hackle.zoo.train.checkpoint import RunFolder, differences
 from hackle.zoo.train.metrics import peak_flops, train_flops_per_token
 from hackle.zoo.train.optimizer import decays
 from hackle.zoo.train.recipe import REQUIRED, Recipe
-from hackle.zoo.train.source import RANDOM, check_packing
+from hackle.zoo.train.source import RANDOM, check_packing, fields
 from hackle.zoo.train.step import Program
 
 EXECUTION_FIELDS = ("remat", "attention")
@@ -83,6 +83,7 @@ class Plan:
                     mode=recipe.mode,
                     accumulate=recipe.accumulate,
                     z_loss=recipe.z_loss,
+                    fields=fields(recipe.packing),
                     sources=sources,
                 )
             except (ConfigError, UserError):
@@ -103,8 +104,9 @@ class Plan:
         if not trunk:
             return self.model_class(self.config, rngs=rngs)
         assert self.trunk is not None
+        dense: Any = nnx.merge(self.trunk.graph, trunk[0])
         return retrofit(
-            nnx.merge(self.trunk.graph, trunk[0]),
+            dense,
             self.config.streams,
             prefix_length=self.config.prefix_length,
             smoothing=self.config.smoothing,
@@ -214,10 +216,11 @@ class Trunk:
                 "of that run"
             )
         self.folder = RunFolder(Path(recipe.start_from).expanduser())
-        self.step = self.folder.latest()
-        if self.step is None:
+        step = self.folder.latest()
+        if step is None:
             raise UserError(f"start_from={recipe.start_from!r} holds no finished checkpoint")
-        self.identity = self.folder.identity(self.step)
+        self.step = step
+        self.identity = self.folder.identity(step)
         theirs = dict(self.identity["model"]["config"])
         ours = dataclasses.asdict(config)
         if theirs.get("streams", 1) != 1:

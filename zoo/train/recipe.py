@@ -161,7 +161,7 @@ class Recipe:
         for name in changes:
             if name not in _TYPES:
                 raise UserError(unknown_field(name))
-        if "overrides" in changes:
+        if isinstance(changes.get("overrides"), Mapping):
             changes["overrides"] = {**self.overrides, **changes["overrides"]}
         return dataclasses.replace(self, **changes)
 

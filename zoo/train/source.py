@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
 
-from hackle.zoo.data import PACKINGS, Prepared, batches, prepare
+from hackle.zoo.data import PACKINGS, Packing, Prepared, batches, prepare
 from hackle.zoo.errors import UserError
 from hackle.zoo.train.recipe import Recipe
 
@@ -27,6 +27,33 @@ class BatchIterator(Protocol):
     def get_state(self) -> DataState: ...
 
     def set_state(self, state: DataState) -> None: ...
+
+
+def fields(packing: str) -> tuple[str, ...]:
+    """Names of the arrays of a batch, each int32 `[B, L]`.
+
+    Packed documents are told apart by segment ids. Whole rows ("stream") have none, so that
+    attention need not honour any; `loss_mask` says where the padding of the last one is.
+    """
+    return ("tokens", "positions", "segment_ids" if packing == "documents" else "loss_mask")
+
+
+class WholeRows:
+    """A batch iterator of whole rows; see `fields`."""
+
+    def __init__(self, packed: BatchIterator):
+        self._packed = packed
+        self.get_state, self.set_state = packed.get_state, packed.set_state
+
+    def __next__(self) -> HostBatch:
+        return whole_rows(next(self._packed))
+
+
+def whole_rows(batch: HostBatch) -> HostBatch:
+    """The batch without segment ids; see `fields`."""
+    batch = dict(batch)
+    batch["loss_mask"] = (batch.pop("segment_ids") != 0).astype(np.int32)
+    return batch
 
 
 class RandomBatches:
@@ -89,6 +116,10 @@ class Source:
 
     def train(self) -> BatchIterator:
         """Endless, in the order of the seed."""
+        packed = self._packed()
+        return packed if self._recipe.packing == "documents" else WholeRows(packed)
+
+    def _packed(self) -> BatchIterator:
         recipe = self._recipe
         if self.prepared is None:
             return RandomBatches(recipe, 0)
@@ -98,7 +129,7 @@ class Source:
             batch=recipe.batch,
             length=recipe.length,
             seed=recipe.seed,
-            packing=recipe.packing,
+            packing=cast(Packing, recipe.packing),
         )
 
     def validation(self) -> list[HostBatch]:
@@ -106,20 +137,28 @@ class Source:
         recipe = self._recipe
         if not recipe.eval_batches:
             return []
+        found: Iterator[HostBatch]
         if self.prepared is None:
             random = RandomBatches(recipe, 1)
-            return [next(random) for _ in range(recipe.eval_batches)]
-        found: Iterator[HostBatch] = batches(
+            found = (next(random) for _ in range(recipe.eval_batches))
+        else:
+            found = self._stored_validation()
+        first = (batch for batch, _ in zip(found, range(recipe.eval_batches), strict=False))
+        return list(first if recipe.packing == "documents" else map(whole_rows, first))
+
+    def _stored_validation(self) -> Iterator[HostBatch]:
+        recipe = self._recipe
+        assert self.prepared is not None
+        return batches(
             self.prepared,
             "validation",
             batch=recipe.batch,
             length=recipe.length,
             shuffle=False,
             epochs=1,
-            packing=recipe.packing,
+            packing=cast(Packing, recipe.packing),
             threads=0,
         )
-        return [batch for batch, _ in zip(found, range(recipe.eval_batches), strict=False)]
 
 
 def check_packing(recipe: Recipe) -> None:

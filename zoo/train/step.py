@@ -98,6 +98,7 @@ class Program:
       accumulate: microbatches of a step. The update equals that of the whole batch at once.
       z_loss: coefficient of the mean log(Z)^2.
       max_logits: bound of float32 logits held at once on a device; see `loss.loss_pieces`.
+      fields: names of the arrays of a batch, for tracing without one; see `source.fields`.
       sources: abstract arrays, as `make` takes them.
 
     Raises:
@@ -120,6 +121,7 @@ class Program:
         accumulate: int = 1,
         z_loss: float = 0.0,
         max_logits: int = MAX_LOGITS,
+        fields: tuple[str, ...] = ("tokens", "positions", "segment_ids"),
         sources: tuple[Any, ...] = (),
     ):
         if accumulate < 1 or batch % accumulate:
@@ -127,6 +129,7 @@ class Program:
         check_batch(mesh, batch // accumulate, length)
         self.mesh, self.preset, self.mode = mesh, preset, mode
         self.batch, self.length, self.accumulate = batch, length, accumulate
+        self._fields = fields
         self._make = make
         self._filter = trainable_filter(mode)
         self._learning_rate, self._z_loss = learning_rate, z_loss
@@ -181,7 +184,7 @@ class Program:
     def trace_step(self) -> jax.stages.Traced:
         """The step traced for abstract arrays; `.lower().compile()` gives its HLO and memory."""
         row = jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32)
-        batch = dict.fromkeys(("tokens", "positions", "segment_ids"), row)
+        batch = dict.fromkeys(self._fields, row)
         with jax.set_mesh(self.mesh):
             return self._jit_step.trace(self.abstract, batch)
 
@@ -206,15 +209,22 @@ class Program:
     def _split(self, key: jax.Array, *sources: Any):
         model = self._make(nnx.Rngs(params=key), *sources)
         kept = jnp.dtype(self.preset.precision.params)
-        graph, trainable, frozen = nnx.split(model, self._filter, ...)
+        graph, *states = nnx.split(model, self._filter, ...)
+        trainable, frozen = states
         return graph, _cast(trainable, kept), _cast(frozen, kept)
 
     def _init(self, key: jax.Array, *sources: Any) -> TrainState:
         _, trainable, frozen = self._split(jax.random.fold_in(key, 0), *sources)
         # Three arrays, not one thrice: a buffer can be donated only once.
-        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+        step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         return TrainState(
-            *zeros, jax.random.fold_in(key, 1), trainable, frozen, self._transform.init(trainable)
+            step,
+            skipped,
+            in_row,
+            jax.random.fold_in(key, 1),
+            trainable,
+            frozen,
+            self._transform.init(trainable),
         )
 
     def _sums(self, trainable: nnx.State, frozen: nnx.State, batch: Batch) -> LossSums:
@@ -266,7 +276,7 @@ class Program:
         count = jnp.maximum(targets, 1.0)
         grads, sums = self._gradients(state, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
-        loss, norm = sums.nll / count, optax.global_norm(grads)
+        loss, norm = sums.nll / count, optax.tree.norm(grads)
         # The norm is finite only if every gradient is.
         finite = jnp.isfinite(loss + self._z_loss * sums.z) & jnp.isfinite(norm)
         updates, moments = self._transform.update(grads, state.optimizer, state.trainable)
