@@ -4,7 +4,7 @@ embedding -> split -> depth x block -> norm -> join -> head. A dense model split
 nothing; ParScale splits into streams and joins them.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class CausalDecoder(nnx.Module):
     Raises:
       ValueError: a size is not positive, or sizes do not fit each other.
     """
+
+    config: Any  # of the subclass
 
     def __init__(
         self,
@@ -217,7 +219,7 @@ class CausalDecoder(nnx.Module):
         return self.join(self.final_norm(x)), cache.advance(tokens.shape[1])
 
 
-def segment_positions(shape: tuple[int, int], segment_ids: jax.Array | None) -> jax.Array:
+def segment_positions(shape: tuple[int, ...], segment_ids: jax.Array | None) -> jax.Array:
     """Positions int32 `[B, L]` that count from 0 in every run of equal segment ids."""
     index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     if segment_ids is None:

@@ -9,7 +9,8 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Ar
 
     Args:
       x: `[..., L, H, E]` queries or keys, E even.
-      positions: int `[B, L]`, or anything that broadcasts to `[..., L]`. Position 0 is the identity.
+      positions: int `[B, L]`, or anything that broadcasts to `[..., L]`. Position 0 is the
+        identity.
       theta: base of the frequencies.
 
     Returns:

@@ -41,7 +41,7 @@ class Stack(nnx.Module):
         state = jax.tree.map(
             name_leading_axis, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
         )
-        self.block = nnx.merge(graph, state)
+        self.block: Any = nnx.merge(graph, state)
         self.depth = depth
 
     def scan(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import report
-
 from cli import run
 from hackle.zoo.errors import UserError
 

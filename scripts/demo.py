@@ -51,10 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"checkpoint P={r.streams}: {r.summary.checkpoint}  model: {r.summary.model}")
     if all(r.summary.already for r in results):
         print("reused: both models were trained by an earlier run")
-    print(f"done in {time.monotonic() - begun:.0f} s; try:")
-    print(
-        f"  {sys.executable} scripts/generate.py {args.out}/p4 --prompt 'import os' --temperature 0.7"
-    )
+    print(f"done in {time.monotonic() - begun:.0f} s; more text:")
+    print(f"  {sys.executable} scripts/generate.py {args.out}/p4 --prompt 'import os'")
     return 0
 
 

@@ -114,8 +114,10 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | No
     """Raises ValueError on shapes that do not fit; returns the scale."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
-            raise ValueError(f"attention: {name} must be [batch, length, heads, head_width], "
-                             f"got shape {array.shape}")
+            raise ValueError(
+                f"attention: {name} must be [batch, length, heads, head_width], "
+                f"got shape {array.shape}"
+            )
     if key.shape != value.shape:
         raise ValueError(f"attention: key {key.shape} and value {value.shape} differ in shape")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
@@ -124,7 +126,8 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | No
         )
     if query.shape[2] % key.shape[2]:
         raise ValueError(
-            f"attention: {query.shape[2]} query heads are not a multiple of {key.shape[2]} key heads"
+            f"attention: {query.shape[2]} query heads are not a multiple of "
+            f"{key.shape[2]} key heads"
         )
     return query.shape[-1] ** -0.5 if scale is None else scale
 
@@ -137,7 +140,7 @@ def _choose(
     mask: Mask | None,
 ) -> str:
     if implementation is None:
-        reasons = []
+        reasons: list[str] = []
         for name in preference:
             reason = _IMPLEMENTATIONS[name].unsupported(query, key, mask)
             if reason is None:

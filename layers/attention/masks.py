@@ -155,7 +155,9 @@ class Branches(Mask):
         def key(ids):
             return jnp.take(ids, key_index, axis=-1, mode="clip")[..., None, :]
 
-        same_block = (query(self.query_block) == key(self.key_block)) & (query(self.query_block) != 0)
+        same_block = (query(self.query_block) == key(self.key_block)) & (
+            query(self.query_block) != 0
+        )
         sibling = same_block & (query(self.query_path) != key(self.key_path))  # [B, depth, l, s]
         return ~jnp.any(sibling, axis=1)
 

@@ -35,7 +35,9 @@ class StreamAggregator(nnx.Module):
             rngs, (streams, width, width), ("stream", "embed", "embed_out"), normal()
         )
         self.hidden_bias = parameter(rngs, (width,), ("embed_out",), zeros)
-        self.output_weight = parameter(rngs, (width, streams), ("embed_out", "stream_score"), normal())
+        self.output_weight = parameter(
+            rngs, (width, streams), ("embed_out", "stream_score"), normal()
+        )
         self.output_bias = parameter(rngs, (streams,), ("stream_score",), zeros)
         self.streams = streams
         self.smoothing = smoothing

@@ -38,8 +38,8 @@ class StreamPrefix(nnx.Module):
         """
 
         def join(prefix: nnx.Param, tokens: jax.Array) -> jax.Array:
-            prefix = jnp.swapaxes(prefix[...], 1, 2).astype(tokens.dtype)  # [P, length, K, E]
-            shape = (*tokens.shape[:2], *prefix.shape[1:])
-            return jnp.concatenate([jnp.broadcast_to(prefix[:, None], shape), tokens], axis=2)
+            first = jnp.swapaxes(prefix[...], 1, 2).astype(tokens.dtype)  # [P, length, K, E]
+            shape = (*tokens.shape[:2], *first.shape[1:])
+            return jnp.concatenate([jnp.broadcast_to(first[:, None], shape), tokens], axis=2)
 
         return join(self.key, key), join(self.value, value), Prefix(self.length, mask)

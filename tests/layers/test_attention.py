@@ -58,7 +58,10 @@ def all_masks(b, l, s):
             ids((b, 2, l), 2, 5), ids((b, 2, l), 3, 6), ids((b, 2, s), 2, 7), ids((b, 2, s), 3, 8)
         ),
     )
-    yield "prefix", masks.Prefix(2, masks.Positions(ids((b, l), 9, 3), ids((b, max(s - 2, 0)), 9, 4)))
+    yield (
+        "prefix",
+        masks.Prefix(2, masks.Positions(ids((b, l), 9, 3), ids((b, max(s - 2, 0)), 9, 4))),
+    )
     yield "sees nothing", masks.Padding(jnp.zeros((b,), jnp.int32))
     if l == s:
         yield "causal", masks.Causal()
@@ -76,7 +79,7 @@ CASES = [
 @pytest.mark.parametrize("shape, mask", CASES)
 def test_values(shape, mask, implementation):
     query, key, value = draw(shape)
-    b, l, s = shape[0], shape[1], shape[2]
+    l, s = shape[1], shape[2]
     visible = np.ones((1, l, s), bool) if mask is None else np.asarray(mask.dense(l, s))
     expected, expected_lse = softmax_loop(query, key, value, visible, shape[-1] ** -0.5)
     out, lse = attention_with_lse(query, key, value, mask=mask, implementation=implementation)
@@ -131,9 +134,7 @@ def test_xla_tiles_equal_the_reference(queries, monkeypatch):
 
 def test_xla_memory_is_linear_in_length():
     def peak(length):
-        query, key, value = (
-            jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for _ in range(3)
-        )
+        query, key, value = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for _ in range(3))
         f = jax.grad(
             lambda *a: attention(*a, mask=masks.Causal(), implementation="xla").sum(), (0, 1, 2)
         )
@@ -273,7 +274,9 @@ def test_cudnn_equals_the_reference(kind, width):
         return out, *grads
 
     wide = [x.astype(jnp.float32) for x in args]
-    for a, b in zip(jax.jit(functools.partial(run, "cudnn"))(*args), run("reference", *wide), strict=True):
+    for a, b in zip(
+        jax.jit(functools.partial(run, "cudnn"))(*args), run("reference", *wide), strict=True
+    ):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-2  # bfloat16 operands
 

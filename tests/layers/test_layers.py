@@ -34,9 +34,7 @@ def test_rotary_is_a_rotation_by_relative_position():
     q, k = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 8)), jnp.float32)
 
     def score(i, j):
-        return jnp.sum(
-            layers.rotary(q, jnp.asarray([[i]])) * layers.rotary(k, jnp.asarray([[j]]))
-        )
+        return jnp.sum(layers.rotary(q, jnp.asarray([[i]])) * layers.rotary(k, jnp.asarray([[j]])))
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), atol=1e-5)
     np.testing.assert_array_equal(layers.rotary(q, jnp.asarray([[0]])), q)
@@ -55,7 +53,9 @@ def test_gated_mlp_is_its_equation():
 
 def test_embedding_both_ways_and_out_of_range():
     table = layers.Embedding(5, 3, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(table(jnp.asarray([[4, 0]]))[0], table.weight[...][jnp.asarray([4, 0])])
+    np.testing.assert_array_equal(
+        table(jnp.asarray([[4, 0]]))[0], table.weight[...][jnp.asarray([4, 0])]
+    )
     x = table(jnp.asarray([1, 2])).astype(jnp.bfloat16)
     logits = table.attend(x)
     assert logits.dtype == jnp.float32 and logits.shape == (2, 5)
@@ -78,7 +78,9 @@ def test_gradients_of_the_head(dtype, atol):
 
 
 def test_linear_contracts_groups_of_axes():
-    layer = layers.Linear((2, 3), (4,), ("heads", "head_width", "embed"), bias=True, rngs=nnx.Rngs(0))
+    layer = layers.Linear(
+        (2, 3), (4,), ("heads", "head_width", "embed"), bias=True, rngs=nnx.Rngs(0)
+    )
     layer.bias.set_value(jnp.arange(4.0))
     x = np.random.default_rng(0).normal(size=(5, 2, 3))
     expected = np.einsum("nhe,hed->nd", x, np.asarray(layer.weight[...])) + np.arange(4.0)

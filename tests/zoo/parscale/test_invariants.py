@@ -22,7 +22,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 11)), jnp.int3
 
 def make(streams, seed=0, **changes):
     """A model with large weights, so that every mistake shows."""
-    model = ParScaleLM(ParScaleConfig(**{**SIZES, "streams": streams, **changes}), rngs=nnx.Rngs(seed))
+    model = ParScaleLM(
+        ParScaleConfig(**{**SIZES, "streams": streams, **changes}), rngs=nnx.Rngs(seed)
+    )
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     for path, v in flat:
         v.set_value(v[...] * (1 if path[-1] == "scale" else 10))
@@ -93,9 +95,7 @@ def test_cache_equals_the_full_pass(streams, pieces):
     assert int(cache.length) == 11
     assert cache.key.shape == (2, *((4,) if streams > 1 else ()), 2, cache.prefix_length + 16, 2, 4)
     assert cache.prefix_length == (3 if streams > 1 else 0)
-    np.testing.assert_allclose(
-        model.logits(jnp.concatenate(out, axis=1)), model(TOKENS), atol=1e-5
-    )
+    np.testing.assert_allclose(model.logits(jnp.concatenate(out, axis=1)), model(TOKENS), atol=1e-5)
 
 
 def test_cache_slots_are_prefix_then_tokens_then_empty():

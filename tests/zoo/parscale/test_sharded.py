@@ -56,9 +56,9 @@ def test_loss_and_gradients_equal_those_of_one_device(name, model, on_one_device
             return jax.value_and_grad(lambda s: loss(graph, s, tokens, segments))(state)
 
     with jax.set_mesh(mesh):
-        value, grads = jax.jit(run, in_shardings=(placed, rows, rows), out_shardings=(None, placed))(
-            jax.device_put(state, placed), TOKENS, SEGMENTS
-        )
+        value, grads = jax.jit(
+            run, in_shardings=(placed, rows, rows), out_shardings=(None, placed)
+        )(jax.device_put(state, placed), TOKENS, SEGMENTS)
     expected, expected_grads = on_one_device
     np.testing.assert_allclose(value, expected, atol=1e-5)
     chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(expected_grads), atol=1e-5)
@@ -96,7 +96,9 @@ def test_streams_meet_only_in_the_aggregator(model):
     local = TOKENS.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"])
     joined = f"f32[{local},{TOKENS.shape[1]},{CONFIG.width}]"
     assert [m["shape"].split("{")[0] for m in found] == [joined, joined]
-    assert ["pbld,pde->ble" in m["rest"] or "pbld,blp->bld" in m["rest"] for m in found] == [True] * 2
+    assert ["pbld,pde->ble" in m["rest"] or "pbld,blp->bld" in m["rest"] for m in found] == [
+        True
+    ] * 2
     body = [line for line in compiled.as_text().splitlines() if "/while/body/" in line]
     assert body, "the trunk is a loop over its layers"
     assert not [line for line in body if COLLECTIVE.search(line)]

@@ -1,0 +1,121 @@
+"""The demo and the scripts behind it, with a few steps."""
+
+import json
+
+import pytest
+
+from tests.scripts.running import call, load
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The demo's folder, and what it printed the first time."""
+    import contextlib
+    import io
+
+    out = tmp_path_factory.mktemp("demo")
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert (
+            call(load("demo"), "--out", out / "runs", "--data-dir", out / "data", "--steps", 2) == 0
+        )
+    return out, text.getvalue()
+
+
+def test_the_demo_trains_both_compares_and_writes(made):
+    out, text = made
+    for streams in (1, 4):
+        assert f"validation loss P={streams}: " in text
+        assert f"what P = {streams} writes" in text
+        assert (out / "runs" / f"p{streams}" / "model" / "model.safetensors").is_file()
+        assert f"checkpoint P={streams}: {out}" in text
+    assert "tokens/s" in text and "def read_lines(path):" in text
+    assert (out / "runs" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "reused" not in text.split("=== comparison")[1]
+
+
+def test_the_demo_reuses_what_is_finished(made, capsys):
+    out, before = made
+    args = ["--out", out / "runs", "--data-dir", out / "data", "--steps", 2]
+    assert call(load("demo"), *args) == 0
+    again = capsys.readouterr().out
+    assert "reused: both models were trained by an earlier run" in again
+    assert again.count("finished before") == 2
+    same = [line for line in before.splitlines() if line.startswith("validation loss")]
+    assert same == [line for line in again.splitlines() if line.startswith("validation loss")]
+
+
+def test_the_demo_refuses_another_recipe_in_the_same_folder(made, capsys):
+    out, _ = made
+    args = ["--out", out / "runs", "--data-dir", out / "data", "--steps", 3]
+    assert call(load("demo"), *args) == 2
+    assert "steps" in capsys.readouterr().err
+
+
+TINY = ["--set", "corpus=random", "--set", "steps=2", "--set", "warmup=1", "--set", "batch=8"]
+TINY += ["--set", "length=16", "--set", "vocab_size=64", "--set", "model.depth=1"]
+
+
+def test_comparison_writes_a_report(tmp_path, monkeypatch, capsys):
+    script = load("compare_streams")
+    monkeypatch.setattr(script.report.write, "__kwdefaults__", {"folder": tmp_path / "reports"})
+    args = ["--recipe", "parscale-tiny", "--streams", 1, 2, *TINY, "--out", tmp_path / "runs"]
+    assert call(script, *args, "--report") == 0
+    (path,) = (tmp_path / "reports").glob("streams_*.md")
+    text = path.read_text()
+    record = json.loads(text.split("```json\n")[1].split("\n```")[0])
+    assert [row["P"] for row in record["rows"]] == [1, 2]
+    assert record["rows"][1]["validation loss"] > 0 and record["versions"]["jax"]
+    assert "| P | parameters | validation loss |" in text
+    assert json.loads(capsys.readouterr().out.splitlines()[-2])["subject"] == "streams"
+
+
+def test_comparison_wants_the_same_tokens():
+    from hackle.zoo.errors import UserError
+    from hackle.zoo.train.recipes import tiny
+
+    script = load("compare_streams")
+    with pytest.raises(UserError, match="do not see the same tokens"):
+        script.compare({1: tiny(1), 2: tiny(2).replace(seed=1)}, None)
+
+
+def test_training_benchmark_measures_and_checks(capsys):
+    script = load("bench_train")
+    case = "parscale-tiny-p2,batch=8,length=16,remat=none"
+    assert call(script, "--preset", "cpu8_data", "--steps", 1, "--case", case) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert row["tokens/s"] > 0 and row["MFU %"] is None, "a CPU has no known peak"
+
+
+def test_training_benchmark_prints_no_speed_while_its_check_is_red(monkeypatch, capsys):
+    from hackle.layers.attention import xla
+
+    script = load("bench_train")
+    right = xla.attend
+
+    def wrong(query, key, value, mask, scale):  # only the fast side of the check computes in bf16
+        out, lse = right(query, key, value, mask, scale)
+        return (out * 30 if query.dtype == "bfloat16" else out), lse
+
+    monkeypatch.setattr(xla, "attend", wrong)
+    with pytest.raises(SystemExit, match="no timing"):
+        script.main(["--preset", "any_data", "--case", "parscale-tiny-p2,batch=8,length=16"])
+    assert "tokens/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--case", "parscale-tiny-p2,rows=3"], "--case field 'rows=3'"),
+        (["--case", "parscale-tiny-p2,batch=x"], "batch='x' is not a number"),
+        (["--case", "no-such-model"], "no-such-model"),
+        (["--case", "parscale-tiny-p2,length=9999"], "rotary range"),
+        (["--case", "parscale-tiny-p2", "--preset", "h100"], "unknown preset"),
+        (["--case", "parscale-tiny-p2", "--steps", "0"], "--steps must be >= 1"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else "",
+)
+def test_bad_benchmark_input(args, message, capsys):
+    assert call(load("bench_train"), *args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
