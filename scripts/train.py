@@ -68,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     from hackle.zoo.train.loop import NonFiniteError
     from hackle.zoo.train.loop import run as train
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hackle").setLevel(logging.INFO)
     try:
         summary = train(chosen, args.out, resume=args.resume)
     except NonFiniteError as error:
@@ -154,5 +152,14 @@ def list_all() -> int:
     return 0
 
 
+def show_log() -> None:
+    """Lets the library say, on stderr, which attention it chose and why."""
+    log = logging.getLogger("hackle")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
 if __name__ == "__main__":
+    show_log()
     run(main)

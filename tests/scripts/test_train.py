@@ -179,27 +179,20 @@ def start(*args, code=None):
     """The script in a process, with `code` run first in it."""
     program = ["-u", str(SCRIPTS / "train.py")]
     if code is not None:
-        setup = (
-            f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'train.py'\n"
-        )
-        program = [
-            "-u",
-            "-c",
-            f"{setup}{code}\nrunpy.run_path({program[1]!r}, run_name='__main__')",
-        ]
+        setup = f"import runpy, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nsys.argv[0] = 'train.py'"
+        then = f"runpy.run_path({program[1]!r}, run_name='__main__')"
+        program = ["-u", "-c", "\n".join([setup, code, then])]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
 
 
 def same_parameters(one, other):
-    pairs = zip(
-        *(nnx.to_flat_state(nnx.state(load_model(run))) for run in (one, other)), strict=True
-    )
-    for (path, a), (_, b) in pairs:
+    states = [nnx.to_flat_state(nnx.state(load_model(run))) for run in (one, other)]
+    for (path, a), (_, b) in zip(*states, strict=True):
         np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
 
 

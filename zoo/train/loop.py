@@ -150,7 +150,7 @@ class Run:
         self.source, self.folder, self.say = source, folder, say
         self.begun, self.progress_every = begun, progress_every
         self.first = jax.process_index() == 0
-        self.checkpoints = Checkpoints(folder, identity, self.recipe.keep)
+        self.checkpoints = Checkpoints(folder, identity, max(self.recipe.keep, 1))
         self.tokens_per_step = self.recipe.batch * self.recipe.length
         self.validation: list[dict] | None = None
         self.loss: float | None = None
@@ -191,10 +191,11 @@ class Run:
             batches.close()
             progress.close()
         stopped = step < recipe.steps
-        self.checkpoints.save(step, state, batches.state)
+        self._save(step, state, batches.state)
         self.checkpoints.wait()
         if stopped:
-            self.say(f"stopped at step {step} of {recipe.steps}, saved; the same command goes on")
+            saved_or_not = "saved; the same command goes on" if recipe.keep else "nothing saved"
+            self.say(f"stopped at step {step} of {recipe.steps}, {saved_or_not}")
         return self._end(step, state, stopped, batches.waited)
 
     def _fresh(self, iterator: Any) -> TrainState:
@@ -241,7 +242,7 @@ class Run:
             self._report(*pending, progress, batches)
             good, pending = int(metrics.skipped_in_row) == 0, None
             if due_save and good:  # else at the next good step
-                self.checkpoints.save(step, state, batches.state)
+                self._save(step, state, batches.state)
                 due_save = False
             if due_eval or step == recipe.steps:
                 self._validate(step, state, progress)
@@ -249,6 +250,10 @@ class Run:
         if pending is not None:
             self._report(*pending, progress, batches)
         return step, state
+
+    def _save(self, step: int, state: TrainState, data: Any) -> None:
+        if self.recipe.keep:
+            self.checkpoints.save(step, state, data)
 
     def _report(self, step: int, metrics: Metrics, progress: Progress, batches: Prefetch) -> None:
         """Waits for the step, and tells of it."""
@@ -328,7 +333,7 @@ class Run:
             seconds=time.monotonic() - self.begun,
             model=None if model is None else str(model),
             plot=None if plot is None else str(plot),
-            checkpoint=str(self.folder.checkpoints / str(step)),
+            checkpoint=str(self.folder.checkpoints / str(step)) if recipe.keep else None,
         )
         if self.first:
             text = json.dumps(dataclasses.asdict(summary), indent=1) + "\n"

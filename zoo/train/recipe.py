@@ -103,7 +103,7 @@ class Recipe:
     save_every: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept; 0 saves none."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     export: bool = True
@@ -113,12 +113,12 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, _typed(field.name, value, _TYPES[field.name]))
-        for name in ("vocab_size", "length", "batch", "accumulate", "steps", "keep", "log_every"):
+        for name in ("vocab_size", "length", "batch", "accumulate", "steps", "log_every"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "length", self.length >= 2, "at least 2")
         for name in (
             "warmup", "decay", "weight_decay", "z_loss", "seed",
-            "eval_every", "eval_batches", "save_every",
+            "eval_every", "eval_batches", "save_every", "keep",
         ):  # fmt: skip
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "max_nonfinite", self.max_nonfinite >= 1, "at least 1")

@@ -100,7 +100,7 @@ def throughput(size: str, streams: int, batch: int, accumulate: int = 1) -> Reci
         eval_every=0,
         eval_batches=0,
         save_every=0,
-        keep=1,
+        keep=0,
         export=False,
     )
 

@@ -265,3 +265,11 @@ def test_orbax_is_quiet(tmp_path, lines, caplog):
     with caplog.at_level(logging.INFO):
         run(recipe(steps=2), tmp_path, say=lines.append)
     assert not [record for record in caplog.records if record.name == "absl"]
+
+
+def test_without_keeping_nothing_is_saved(tmp_path, monkeypatch, lines):
+    stop_at(monkeypatch, 3)
+    summary = run(recipe(keep=0), tmp_path, say=lines.append)
+    assert summary.stopped and summary.checkpoint is None
+    assert RunFolder(tmp_path).steps() == []
+    assert lines[-1] == "stopped at step 3 of 6, nothing saved"
