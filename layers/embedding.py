@@ -47,9 +47,19 @@ def _backward(saved, gradient):
     x, weight = saved
     gradient = gradient.astype(x.dtype)
     wide = jnp.promote_types(x.dtype, weight.dtype)
+
+    def narrow_operands(x, gradient):
+        return jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide)
+
+    def wide_operands(x, gradient):
+        # XLA's CPU back end refuses bfloat16 x bfloat16 = float32 once it has moved the transpose
+        # of a tied table into the product.
+        return narrow_operands(x.astype(wide), gradient.astype(wide))
+
+    product = jax.lax.platform_dependent(x, gradient, cpu=wide_operands, default=narrow_operands)
     return (
         jnp.einsum("...v,dv->...d", gradient, weight.astype(x.dtype)),
-        jnp.einsum("...d,...v->dv", x, gradient, preferred_element_type=wide).astype(weight.dtype),
+        product.astype(weight.dtype),
     )
 
 

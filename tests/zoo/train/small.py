@@ -25,7 +25,9 @@ def program(
     settings: dict[str, Any] = {
         "preset": chosen,
         "mesh": chosen.mesh(),
-        "optimizer": AdamW(),
+        # Adam divides by the root of the second moment plus epsilon. Without a large one, rounding
+        # errors of tiny gradients become steps of the size of the learning rate.
+        "optimizer": AdamW(epsilon=1e-3),
         "learning_rate": schedule("constant", 1e-2, steps=100),
         "batch": 8,
         "length": LENGTH,

@@ -36,16 +36,12 @@ def two_processes(it, out, stop=0):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps([rank, port, str(out), it.to_json(), stop])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )  # fmt: skip
-        for rank in (0, 1)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    workers = []
+    for rank in (0, 1):
+        task = json.dumps([rank, port, str(out), it.to_json(), stop])
+        command = [sys.executable, "-c", WORKER, task]
+        workers.append(subprocess.Popen(command, env=environment, **pipes))
     said = []
     try:
         for worker in workers:

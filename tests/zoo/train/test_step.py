@@ -49,15 +49,12 @@ def one_device():
 
 def sharded(preset, **settings):
     sizes = {"heads": 8, "kv_heads": 8, "head_width": 4, "width": 32, "vocab_size": 64}
-    # Adam divides by the root of the second moment, so where that is tiny a rounding error of a
-    # gradient becomes one of the size of the learning rate.
     it = program(
         "parscale-tiny-p8",
         preset,
         sizes,
         vocab_size=64,
         batch=16,
-        learning_rate=schedule("constant", 1e-3, steps=10),
         **settings,
     )
     state, metrics = it.init(0), None
@@ -73,7 +70,7 @@ def test_loss_falls_on_one_batch(plain):
     for _ in range(20):
         state, metrics = it.step(state, batch())
         losses.append(float(metrics.loss))
-    assert losses[0] == pytest.approx(np.log(VOCAB), abs=0.2)
+    assert losses[0] > np.log(VOCAB) - 0.2
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -82,7 +79,7 @@ def test_accumulation_equals_the_big_batch(whole, parts):
     # Rows hold unequal numbers of targets, so a mean of means would differ.
     (params, _), metrics = train(program(accumulate=parts))
     chex.assert_trees_all_close(metrics, whole[1], rtol=1e-5)
-    chex.assert_trees_all_close(params, whole[0][0], atol=2e-5)
+    chex.assert_trees_all_close(params, whole[0][0], atol=1e-5)
 
 
 def test_pieces_of_the_loss_change_nothing(whole):
@@ -90,7 +87,7 @@ def test_pieces_of_the_loss_change_nothing(whole):
     assert it.loss_pieces == 4
     (params, _), metrics = train(it)
     chex.assert_trees_all_close(metrics, whole[1], rtol=1e-5)
-    chex.assert_trees_all_close(params, whole[0][0], atol=2e-5)
+    chex.assert_trees_all_close(params, whole[0][0], atol=1e-5)
 
 
 def test_loss_is_that_of_the_model(plain):
