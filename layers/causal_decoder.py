@@ -38,6 +38,7 @@ class CausalDecoder(nnx.Module):
       qkv_bias: query, key and value projections have a bias.
       streams, prefix_length: blocks for P streams, each with a learned prefix; see
         `layers.SelfAttention`. A subclass says how to `split` and `join`.
+      embedding_std: standard deviation of the table's first entries.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
       attention: implementation passed to `layers.attention`.
 
@@ -63,6 +64,7 @@ class CausalDecoder(nnx.Module):
         qkv_bias: bool,
         streams: int = 1,
         prefix_length: int = 0,
+        embedding_std: float = 0.02,
         remat: str = "none",
         attention: str | None = None,
         rngs: nnx.Rngs,
@@ -73,7 +75,7 @@ class CausalDecoder(nnx.Module):
             raise ValueError(f"head_width={head_width} must be even, for rotary positions")
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat={remat!r} is not one of {REMAT_POLICIES}")
-        self.embedding = Embedding(vocab_size, width, rngs=rngs)
+        self.embedding = Embedding(vocab_size, width, init_std=embedding_std, rngs=rngs)
         self.blocks = Stack(
             lambda rngs: DecoderBlock(
                 width,

@@ -10,12 +10,12 @@ from hackle.layers.parameter import normal, parameter
 class Embedding(nnx.Module):
     """A table `[V, D]`. Tie the head by calling `attend` on the same module.
 
-    Rows start with norm 1, as N(0, 1/D). That is Qwen2's 0.02 at its widths; narrow models with
-    a tied head learn much faster with it than with 0.02.
+    It starts as N(0, init_std^2). Narrow models with a tied head learn much faster with about
+    1 / sqrt(D) than with the 0.02 of Qwen2.
     """
 
-    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.weight = parameter(rngs, (vocab_size, width), ("vocab", "embed"), normal(width**-0.5))
+    def __init__(self, vocab_size: int, width: int, *, init_std: float = 0.02, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, (vocab_size, width), ("vocab", "embed"), normal(init_std))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Int tokens `[...] -> [..., D]`. Ids outside `[0, V)` give NaN, never another row."""

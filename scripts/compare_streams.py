@@ -15,23 +15,25 @@ from cli import run
 
 EXAMPLES = """examples:
   python scripts/compare_streams.py --recipe parscale-tiny --streams 1 4 --out runs/tiny
-  python scripts/compare_streams.py --recipe parscale-small --streams 1 2 4 8 --out runs/small \\
-      --report
+  python scripts/compare_streams.py --recipe parscale-small --streams 1 2 4 8 --control \\
+      --out runs/small --report
 """
+
+# Two streams without prefixes are equal: they compute what one does, twice.
+CONTROL = "2-without-prefix"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One run of the comparison."""
+    """One run of the comparison; `name` is its number of streams, or `CONTROL`."""
 
-    streams: int
+    name: str
     parameters: int
-    trunk_parameters: int
     summary: Any
 
 
-def compare(recipes: dict[int, Any], out: Path) -> list[Result]:
-    """Trains `recipes` (streams -> recipe) one after the other into `out/p<streams>`."""
+def compare(recipes: dict[str, Any], out: Path) -> list[Result]:
+    """Trains `recipes` (name -> recipe) one after the other into `out/p<name>`."""
     from hackle.zoo.errors import UserError
     from hackle.zoo.train.loop import run as train
     from hackle.zoo.train.plan import Plan
@@ -39,20 +41,16 @@ def compare(recipes: dict[int, Any], out: Path) -> list[Result]:
     seen = {(r.steps, r.batch, r.length, r.seed, r.corpus, r.packing) for r in recipes.values()}
     if len(seen) > 1:
         raise UserError(f"the recipes do not see the same tokens: {sorted(map(str, seen))}")
+    # All are checked before the first is trained.
+    sizes = {name: Plan(recipe).config.parameter_count() for name, recipe in recipes.items()}
     results = []
-    for streams, recipe in recipes.items():
-        config = Plan(recipe).config  # all are checked before the first is trained
-        trunk = dataclasses.replace(config, streams=1)
-        results.append(
-            Result(streams, config.parameter_count(), trunk.parameter_count(embedding=False), None)
-        )
-    for index, (streams, recipe) in enumerate(recipes.items()):
-        print(f"\n=== P = {streams} ===", flush=True)
-        summary = train(recipe, out / f"p{streams}")
-        results[index] = dataclasses.replace(results[index], summary=summary)
+    for name, recipe in recipes.items():
+        print(f"\n=== P = {name} ===", flush=True)
+        summary = train(recipe, out / f"p{name}")
         if not summary.finished:
             print("stopped; the same command goes on")
             raise SystemExit(0)
+        results.append(Result(name, sizes[name], summary))
     return results
 
 
@@ -61,10 +59,10 @@ def rows(results: list[Result]) -> list[dict[str, Any]]:
     base = results[0].summary.validation_loss
     return [
         {
-            "P": r.streams,
+            "P": r.name,
             "parameters": r.parameters,
             "validation loss": r.summary.validation_loss,
-            f"against P={results[0].streams}": r.summary.validation_loss - base,
+            f"against P={results[0].name}": r.summary.validation_loss - base,
             "training loss": r.summary.loss,
             "tokens/s": None
             if r.summary.tokens_per_second is None
@@ -83,7 +81,7 @@ def plot(results: list[Result], out: Path) -> Path:
     """Loss curves of all runs in one picture, OUT/loss.png."""
     from hackle.zoo.train.report import plot_losses
 
-    return plot_losses({f"P={r.streams}": out / f"p{r.streams}" for r in results}, out / "loss.png")
+    return plot_losses({f"P={r.name}": out / f"p{r.name}" for r in results}, out / "loss.png")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8], help="default 1 2 4 8")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py")
     p.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    p.add_argument(
+        "--control",
+        action="store_true",
+        help="also P=2 without prefixes, which equals P=1: what P=2 gains is due to the prefixes",
+    )
     p.add_argument("--report", action="store_true", help="write reports/streams_<hardware>_<date>")
+    p.add_argument("--note", default="", help="a paragraph for the report")
     return p
 
 
@@ -104,17 +108,22 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("hackle").setLevel(logging.INFO)
-    recipes = {p: recipe(f"{args.recipe}-p{p}").set(args.set) for p in args.streams}
+    recipes = {str(p): recipe(f"{args.recipe}-p{p}").set(args.set) for p in args.streams}
+    if args.control:
+        twice = recipe(f"{args.recipe}-p2").set(args.set)
+        recipes[CONTROL] = twice.replace(overrides={"prefix_length": 0}, export=False)
     results = compare(recipes, args.out)
     table = rows(results)
     picture = plot(results, args.out)
     print(f"\n{report.table(table)}\nplot: {picture}")
     if args.report:
-        write_report(args.recipe, recipes, table, args.out)
+        write_report(args.recipe, recipes, table, args.out, args.note)
     return 0
 
 
-def write_report(name: str, recipes: dict[int, Any], table: list[dict], out: Path) -> None:
+def write_report(
+    name: str, recipes: dict[str, Any], table: list[dict], out: Path, note: str
+) -> None:
     import jax
 
     from hackle.zoo.train.report import read_metrics
@@ -139,7 +148,13 @@ def write_report(name: str, recipes: dict[int, Any], table: list[dict], out: Pat
         "streams",
         jax.devices()[0].device_kind,
         title="Validation loss against the number of streams, at equal tokens",
-        sections=[text, report.table(table), "Validation loss over the run:", report.table(curves)],
+        sections=[
+            text,
+            report.table(table),
+            *([note] if note else []),
+            "Validation loss over the run:",
+            report.table(curves),
+        ],
         record={"recipe": first.to_json(), "rows": table, "curves": curves},
     )
     print(f"report: {path}")

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
     p.add_argument("--data-dir", type=Path, default=Path("data"), help="default %(default)s")
-    p.add_argument("--steps", type=int, default=240, help="default %(default)s")
+    p.add_argument("--steps", type=int, default=300, help="default %(default)s")
     return p
 
 
@@ -37,18 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("hackle").setLevel(logging.INFO)
     warmup = min(40, max(args.steps // 5, 0))
     changes = dict(steps=args.steps, warmup=warmup, data_dir=str(args.data_dir))
-    recipes = {streams: tiny(streams).replace(**changes) for streams in (1, 4)}
+    recipes = {str(streams): tiny(streams).replace(**changes) for streams in (1, 4)}
     results = compare_streams.compare(recipes, args.out)
     for r in results:
-        write_samples(r.streams, Path(r.summary.model))
+        write_samples(r.name, Path(r.summary.model))
     print("\n=== comparison, on the same tokens ===")
     print(report.table(compare_streams.rows(results)))
     for r in results:
         s = r.summary
-        print(f"validation loss P={r.streams}: {s.validation_loss:.4f} at {s.tokens:,} tokens")
+        print(f"validation loss P={r.name}: {s.validation_loss:.4f} at {s.tokens:,} tokens")
     print(f"plot: {compare_streams.plot(results, args.out)}")
     for r in results:
-        print(f"checkpoint P={r.streams}: {r.summary.checkpoint}  model: {r.summary.model}")
+        print(f"checkpoint P={r.name}: {r.summary.checkpoint}  model: {r.summary.model}")
     if all(r.summary.already for r in results):
         print("reused: both models were trained by an earlier run")
     print(f"done in {time.monotonic() - begun:.0f} s; more text:")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write_samples(streams: int, folder: Path) -> None:
+def write_samples(streams: str, folder: Path) -> None:
     """Prints what the exported model writes after each prompt."""
     from hackle import zoo
     from hackle.zoo.data import load_tokenizer

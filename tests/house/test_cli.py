@@ -20,7 +20,7 @@ OPTIONS: dict[str, str] = {
         "--threads --vocab-size --windows --workers"
     ),
     "scripts/bench_train.py": "--attention --case --preset --report --steps",
-    "scripts/compare_streams.py": "--out --recipe --report --set --streams",
+    "scripts/compare_streams.py": "--control --note --out --recipe --report --set --streams",
     "scripts/convert.py": "",
     "scripts/convert.py copy": "--dtype --max-shard-gb --overwrite --to --tokenizer",
     "scripts/convert.py export": "--dtype --max-shard-gb --overwrite --step --tokenizer",

@@ -1,5 +1,6 @@
 """README, map and cards: what they name exists, and generated parts are up to date."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -105,9 +106,24 @@ def preset_table() -> str:
     return "\n".join(lines)
 
 
+def newest_report(subject: str) -> str:
+    """Hardware, date and table of the newest report on `subject`."""
+    paths = sorted((ROOT / "reports").glob(f"{subject}_*.md"), key=lambda p: p.stem.split("_")[-1])
+    text = paths[-1].read_text(encoding="utf-8")
+    record = json.loads(text.split("```json\n")[1].split("\n```")[0])
+    first = re.search(r"(?:^\|.*\n)+", text, re.M)[0].strip()
+    jax = record["versions"]["jax"]
+    return f"{record['hardware']}, jax {jax}, {record['date']}:\n\n{first}"
+
+
 @pytest.mark.parametrize(
     ("page", "part", "make"),
-    [("zoo/README.md", "models", model_table), ("pjit_configs/README.md", "presets", preset_table)],
+    [
+        ("zoo/README.md", "models", model_table),
+        ("pjit_configs/README.md", "presets", preset_table),
+        ("README.md", "training speed", lambda: newest_report("train")),
+        ("README.md", "streams", lambda: newest_report("streams")),
+    ],
 )
 def test_generated_tables_are_up_to_date(page, part, make):
     """Set HACKLE_UPDATE_GOLDEN=1 to write them anew."""

@@ -60,11 +60,14 @@ def test_comparison_writes_a_report(tmp_path, monkeypatch, capsys):
     script = load("compare_streams")
     monkeypatch.setattr(script.report.write, "__kwdefaults__", {"folder": tmp_path / "reports"})
     args = ["--recipe", "parscale-tiny", "--streams", 1, 2, *TINY, "--out", tmp_path / "runs"]
-    assert call(script, *args, "--report") == 0
+    assert call(script, *args, "--control", "--report", "--note", "Said so.") == 0
     (path,) = (tmp_path / "reports").glob("streams_*.md")
     text = path.read_text()
     record = json.loads(text.split("```json\n")[1].split("\n```")[0])
-    assert [row["P"] for row in record["rows"]] == [1, 2]
+    assert [row["P"] for row in record["rows"]] == ["1", "2", "2-without-prefix"]
+    one, two, control = (row["validation loss"] for row in record["rows"])
+    assert control == pytest.approx(one, abs=1e-5) and two != pytest.approx(one, abs=1e-5)
+    assert "Said so." in text
     assert record["rows"][1]["validation loss"] > 0 and record["versions"]["jax"]
     assert "| P | parameters | validation loss |" in text
     assert json.loads(capsys.readouterr().out.splitlines()[-2])["subject"] == "streams"
@@ -76,7 +79,7 @@ def test_comparison_wants_the_same_tokens():
 
     script = load("compare_streams")
     with pytest.raises(UserError, match="do not see the same tokens"):
-        script.compare({1: tiny(1), 2: tiny(2).replace(seed=1)}, None)
+        script.compare({"1": tiny(1), "2": tiny(2).replace(seed=1)}, None)
 
 
 def test_training_benchmark_measures_and_checks(capsys):

@@ -43,6 +43,12 @@ def call(script, *args):
     return cli.call(lambda: script.main([str(arg) for arg in args]))
 
 
+def test_no_published_form_is_refused_before_training(script, tmp_path, capsys, no_compute):
+    args = [*SMALL, "--set", "model.prefix_length=0", "--out", tmp_path / "x"]
+    assert call(script, *args) == 2
+    assert "set export=false" in capsys.readouterr().err
+
+
 @pytest.fixture
 def no_compute(monkeypatch):
     def refuse(*_):

@@ -12,10 +12,11 @@ from hackle.layers.causal_decoder import CausalDecoder
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """What the model is; the last two fields say how it runs.
+    """What the model is; the last three fields say how it starts and runs.
 
     Attributes:
       max_length: the rotary range the model is meant for, in tokens.
+      embedding_std: standard deviation of the embedding's first entries.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
       attention: implementation passed to `layers.attention`; None chooses.
     """
@@ -32,6 +33,7 @@ class DenseConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = True
+    embedding_std: float = 0.02
     remat: str = "none"
     attention: str | None = None
 
@@ -48,7 +50,8 @@ class DenseConfig:
     def tiny(cls, **changes) -> "DenseConfig":
         """Small enough to learn something on a laptop within minutes."""
         sizes = dict(vocab_size=4096, width=128, mlp_width=384, depth=4, heads=4, kv_heads=2)
-        return cls(**{**sizes, "head_width": 32, "max_length": 512, **changes})
+        rest = dict(head_width=32, max_length=512, embedding_std=0.08)
+        return cls(**{**sizes, **rest, **changes})
 
     @classmethod
     def _qwen2_5(cls, width, mlp_width, depth, heads, kv_heads, **changes) -> "DenseConfig":
@@ -111,6 +114,7 @@ class DenseLM(CausalDecoder):
             norm_eps=config.norm_eps,
             tie_embeddings=config.tie_embeddings,
             qkv_bias=config.qkv_bias,
+            embedding_std=config.embedding_std,
             remat=config.remat,
             attention=config.attention,
             rngs=rngs,

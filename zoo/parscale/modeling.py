@@ -19,13 +19,14 @@ from hackle.layers.parscale import StreamAggregator, split_streams
 
 @dataclasses.dataclass(frozen=True)
 class ParScaleConfig:
-    """What the model is; the last two fields say how it runs.
+    """What the model is; the last three fields say how it starts and runs.
 
     Attributes:
       streams: P.
       prefix_length: T, learned keys a layer and stream; ignored when P = 1.
       smoothing: share of the aggregation weight that is spread evenly over the streams.
       max_length: the rotary range the model is meant for, in tokens; prefixes take none of it.
+      embedding_std: standard deviation of the embedding's first entries.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
       attention: implementation passed to `layers.attention`; None chooses.
     """
@@ -44,6 +45,7 @@ class ParScaleConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    embedding_std: float = 0.02
     remat: str = "none"
     attention: str | None = None
 
@@ -62,7 +64,7 @@ class ParScaleConfig:
     def tiny(cls, streams: int = 4, **changes) -> "ParScaleConfig":
         """Small enough to learn something on a laptop within minutes."""
         sizes = dict(vocab_size=4096, width=128, mlp_width=384, depth=4, heads=4, kv_heads=2)
-        rest = dict(head_width=32, max_length=512, prefix_length=8)
+        rest = dict(head_width=32, max_length=512, prefix_length=8, embedding_std=0.08)
         return cls(**{**sizes, **rest, "streams": streams, **changes})
 
     @classmethod
@@ -130,6 +132,7 @@ class ParScaleLM(CausalDecoder):
             qkv_bias=True,
             streams=config.streams,
             prefix_length=config.prefix_length,
+            embedding_std=config.embedding_std,
             remat=config.remat,
             attention=config.attention,
             rngs=rngs,

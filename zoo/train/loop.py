@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 import signal
 import tempfile
 import threading
@@ -346,11 +345,14 @@ class Run:
             return None
         from hackle.zoo import save_pretrained
 
-        folder = self.folder.path / "model"
-        save_pretrained(self.program.model(state), folder, overwrite=True)
-        if self.source.prepared is not None:
-            name = "tokenizer.json"
-            shutil.copyfile(self.source.prepared.folder / name, folder / name)
+        folder, data = self.folder.path / "model", self.source.prepared
+        save_pretrained(
+            self.program.model(state),
+            folder,
+            overwrite=True,
+            extra=None if data is None else {"eos_token_id": data.eos_id},
+            files=() if data is None else (data.folder / "tokenizer.json",),
+        )
         return folder
 
 

@@ -60,7 +60,13 @@ class Plan:
             self.preset: Preset = preset(recipe.preset)
             self.mesh: Mesh = self.preset.mesh(devices)
         self.config = model_config(recipe, self.preset)
-        self.model_class = registry.entry(recipe.model).model_class
+        entry = registry.entry(recipe.model)
+        self.model_class = entry.model_class
+        if recipe.export:
+            try:  # now, and not when the run is over
+                registry.FAMILIES[entry.family].params.write_config(self.config)
+            except UserError as error:
+                raise UserError(f"{error}; set export=false to train it all the same") from None
         limit = self.config.max_length
         if recipe.length > limit:
             raise UserError(

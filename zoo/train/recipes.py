@@ -37,7 +37,7 @@ def small(streams: int) -> Recipe:
         model=f"parscale-tiny-p{streams}",
         overrides={
             "width": 512, "mlp_width": 1408, "depth": 8, "heads": 8, "head_width": 64,
-            "prefix_length": 48,
+            "prefix_length": 48, "embedding_std": 0.02,
         },
         length=512,
         batch=32,

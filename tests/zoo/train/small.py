@@ -11,7 +11,8 @@ from hackle.zoo.train.step import Program
 
 VOCAB = 61
 LENGTH = 16
-SIZES = {"width": 16, "mlp_width": 24, "depth": 2, "heads": 2, "kv_heads": 2, "head_width": 8}
+SIZES = {"width": 16, "mlp_width": 24, "depth": 2, "heads": 2, "kv_heads": 2, "head_width": 8,
+         "embedding_std": 0.02}  # fmt: skip
 
 
 def program(
