@@ -104,9 +104,10 @@ class DecoderBlock(nnx.Module):
         self, width: int, mlp_width: int, *, norm_eps: float = 1e-6, rngs: nnx.Rngs, **attention
     ):
         self.attention_norm = RMSNorm(width, norm_eps, rngs=rngs)
-        self.attention = SelfAttention(width, **attention, rngs=rngs)
         self.mlp_norm = RMSNorm(width, norm_eps, rngs=rngs)
         self.mlp = GatedMLP(width, mlp_width, rngs=rngs)
+        # Last, and its prefix last of all: the trunk's first weights do not depend on streams.
+        self.attention = SelfAttention(width, **attention, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, mask: Mask) -> jax.Array:
         """`[B, L, D]` (or `[P, B, L, D]`) to the same; see `SelfAttention`."""

@@ -19,6 +19,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Int tokens `[...] -> [..., D]`. Ids outside `[0, V)` give NaN, never another row."""
+        tokens = jnp.where(tokens < 0, self.weight.shape[0], tokens)  # -1 is not the last row
         return jnp.take(self.weight[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.steps} steps after two. MFU: model FLOPs (causal attention counted as half, "
             "nothing recomputed counted; ParScale: P times the trunk) over the chip's dense bf16 "
             "peak. `check`: relative difference of the loss of a two-layer model of the same "
-            "widths from the reference attention in float32."
+            "widths from the plain XLA attention in float32."
         )
         path = report.write(
             "train",
@@ -193,7 +193,9 @@ def measure(c: Case, preset, mesh, attention: str | None, steps: int) -> dict[st
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        empty = dict.fromkeys(("first steps s", "ms/step", "tokens/s", "TFLOP/s", "MFU %", "GiB"))
+        empty = dict.fromkeys(
+            ("first steps s", "ms/step", "tokens/s", "TFLOP/s", "MFU %", "peak GiB so far")
+        )
         return row | empty | {"ms/step": "out of memory"}
     seconds = statistics.median(times)
     speed = c.batch * c.length / seconds
@@ -207,7 +209,7 @@ def measure(c: Case, preset, mesh, attention: str | None, steps: int) -> dict[st
         "tokens/s": round(speed),
         "TFLOP/s": round(speed * flops / 1e12, 1),
         "MFU %": None if share is None else round(100 * share, 1),
-        "GiB": None if used is None else round(used / 2**30, 1),
+        "peak GiB so far": None if used is None else round(used / 2**30, 1),
     }
 
 

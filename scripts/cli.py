@@ -1,8 +1,7 @@
-"""What every script shares: one line per user error, exit code 2, and nearest-name help."""
+"""What every script shares: one line per user error, exit code 2."""
 
-import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 from hackle.pjit_configs.errors import ConfigError
@@ -25,11 +24,3 @@ def call(main: Callable[[], int | None]) -> int:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in `known`, naming the nearest ones."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return UserError(f"unknown {kind} {name!r}; {hint}")

@@ -41,6 +41,8 @@ def compare(recipes: dict[str, Any], out: Path) -> list[Result]:
     seen = {(r.steps, r.batch, r.length, r.seed, r.corpus, r.packing) for r in recipes.values()}
     if len(seen) > 1:
         raise UserError(f"the recipes do not see the same tokens: {sorted(map(str, seen))}")
+    if any(not recipe.eval_batches for recipe in recipes.values()):
+        raise UserError("eval_batches=0 leaves nothing to compare; expected at least 1")
     # All are checked before the first is trained.
     sizes = {name: Plan(recipe).config.parameter_count() for name, recipe in recipes.items()}
     results = []

@@ -61,6 +61,7 @@ def write_samples(streams: str, folder: Path) -> None:
     from hackle import zoo
     from hackle.zoo.data import load_tokenizer
     from hackle.zoo.generate import generate
+    from hackle.zoo.generate.text import TextStream
 
     tokenizer = load_tokenizer(folder)
     new = generate(
@@ -74,7 +75,8 @@ def write_samples(streams: str, folder: Path) -> None:
     )
     print(f"\n=== what P = {streams} writes (the first line was given) ===")
     for prompt, tokens in zip(PROMPTS, new, strict=True):
-        print(prompt + tokenizer.decode(tokens, skip_special=True))
+        text = TextStream(tokenizer)
+        print(prompt + "".join(map(text.push, tokens)) + text.finish())
         print("---")
 
 

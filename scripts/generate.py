@@ -34,7 +34,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", type=Path, help="tokenizer.json, where the model's folder has none")
     add("--preset", help="mesh preset to spread the model over; default: one device")
-    add("--dtype", choices=["float32", "bfloat16"], help="of weights and cache; default as stored")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of weights and cache; default: the preset's, or as stored",
+    )
     return p
 
 
@@ -47,14 +51,15 @@ def main(argv: list[str] | None = None) -> int:
 
     prompts = read_prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    folder = args.model / "model" if (args.model / "model").is_dir() else args.model
+    folder = published(args.model)
     tokenizer = load_tokenizer(args.tokenizer or folder)
     preset = None
     if args.preset is not None:
         from hackle import pjit_configs
 
         preset = pjit_configs.preset(args.preset)
-    model = zoo.from_pretrained(folder, mesh=preset, dtype=args.dtype)
+    dtype = args.dtype or (None if preset is None else preset.precision.compute)
+    model = zoo.from_pretrained(folder, mesh=preset, dtype=dtype)
     steps = stream(
         model,
         [tokenizer.encode(prompt, special=True) for prompt in prompts],
@@ -78,6 +83,20 @@ def main(argv: list[str] | None = None) -> int:
         text.finish()
         print(f"--- {row}\n{prompt}{text.shown}")
     return 0
+
+
+def published(folder: Path) -> Path:
+    """The published folder that `folder` is, or that a finished run has inside."""
+    from hackle.zoo.errors import UserError
+
+    if (folder / "model").is_dir():
+        return folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is a run without an exported model: finish it, or write one with "
+            f"scripts/convert.py export {folder} OUT"
+        )
+    return folder
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -92,6 +92,12 @@ def test_bad_input_is_one_line_and_code_2(script, folder, change, message, capsy
     assert message in captured.err
 
 
+def test_an_unfinished_run_is_told_from_a_model(script, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert call(script, tmp_path, "--prompt", "x") == 2
+    assert "scripts/convert.py export" in capsys.readouterr().err
+
+
 def test_no_model_and_no_prompt(script, folder, tmp_path, capsys):
     assert call(script, tmp_path / "none", "--prompt", "x") == 2
     assert call(script, folder) == 2

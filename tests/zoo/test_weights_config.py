@@ -44,6 +44,7 @@ def test_missing_keys_take_the_defaults_of_the_published_class():
         "tie_embeddings": False,
         "remat": "none",
         "attention": None,
+        "embedding_std": 0.02,
     }
     assert dense.read_config({"model_type": "qwen2"}).tie_embeddings is False
 

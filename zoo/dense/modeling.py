@@ -16,7 +16,8 @@ class DenseConfig:
 
     Attributes:
       max_length: the rotary range the model is meant for, in tokens.
-      embedding_std: standard deviation of the embedding's first entries.
+      embedding_std: standard deviation of the embedding's first entries; two configs that differ
+        in it alone are equal, and published files do not hold it.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
       attention: implementation passed to `layers.attention`; None chooses.
     """
@@ -33,7 +34,7 @@ class DenseConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = True
-    embedding_std: float = 0.02
+    embedding_std: float = dataclasses.field(default=0.02, compare=False)
     remat: str = "none"
     attention: str | None = None
 

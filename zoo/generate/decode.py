@@ -76,7 +76,7 @@ def stream(
     in `generate`; they are checked at the call, before anything is computed.
     """
     _check(model, prompts, max_new_tokens)
-    stops = frozenset([eos] if isinstance(eos, int) else eos or ())
+    stops = frozenset([int(eos)] if isinstance(eos, int | np.integer) else eos or ())
     return _steps(model, prompts, max_new_tokens, sampling, seed, stops)
 
 

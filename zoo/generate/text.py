@@ -21,7 +21,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` adds, or "" while a character is incomplete."""
-        self.tokens.append(token)
+        if token < self.tokenizer.vocab_size:  # a model can have more rows; they have no text
+            self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens, skip_special=True)
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._show(text)
 

@@ -9,6 +9,7 @@ With P = 1 there is neither prefix nor aggregator: names and numbers are those o
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -26,7 +27,8 @@ class ParScaleConfig:
       prefix_length: T, learned keys a layer and stream; ignored when P = 1.
       smoothing: share of the aggregation weight that is spread evenly over the streams.
       max_length: the rotary range the model is meant for, in tokens; prefixes take none of it.
-      embedding_std: standard deviation of the embedding's first entries.
+      embedding_std: standard deviation of the embedding's first entries; two configs that differ
+        in it alone are equal, and published files do not hold it.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
       attention: implementation passed to `layers.attention`; None chooses.
     """
@@ -45,7 +47,7 @@ class ParScaleConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    embedding_std: float = 0.02
+    embedding_std: float = dataclasses.field(default=0.02, compare=False)
     remat: str = "none"
     attention: str | None = None
 
@@ -64,7 +66,7 @@ class ParScaleConfig:
     def tiny(cls, streams: int = 4, **changes) -> "ParScaleConfig":
         """Small enough to learn something on a laptop within minutes."""
         sizes = dict(vocab_size=4096, width=128, mlp_width=384, depth=4, heads=4, kv_heads=2)
-        rest = dict(head_width=32, max_length=512, prefix_length=8, embedding_std=0.08)
+        rest = dict(head_width=32, max_length=512, prefix_length=48, embedding_std=0.08)
         return cls(**{**sizes, **rest, "streams": streams, **changes})
 
     @classmethod
@@ -165,12 +167,13 @@ def retrofit(
     prefix_length: int = 48,
     smoothing: float = 0.1,
     rngs: nnx.Rngs,
+    **changes: Any,
 ) -> ParScaleLM:
     """A ParScale model of P streams around a trained P=1 model (two-stage training, section 4).
 
     The new parameters are N(0, 0.02^2), biases 0; all others are the trunk's own arrays, shared
     and not copied. `trunk` is a `ParScaleLM` with one stream or a dense model with biases on
-    query, key and value.
+    query, key and value. `changes` are other fields of the new config, e.g. `remat`.
 
     Raises:
       ValueError: the trunk has streams already, or cannot be a ParScale trunk.
@@ -183,6 +186,7 @@ def retrofit(
     if not getattr(config, "qkv_bias", True):
         raise ValueError("a ParScale trunk has biases on query, key and value; this one has none")
     known |= {"streams": streams, "prefix_length": prefix_length, "smoothing": smoothing}
+    known |= changes
     model = ParScaleLM(ParScaleConfig(**known), rngs=rngs)
     trained = nnx.to_flat_state(nnx.state(trunk, nnx.Param))
     nnx.update(model, nnx.from_flat_state(trained))

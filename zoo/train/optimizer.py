@@ -33,7 +33,8 @@ def schedule(
     tail = decay if kind == "wsd" else 0
     if steps < 1 or warmup < 0 or tail < 0 or warmup + tail > steps:
         raise UserError(
-            f"schedule {kind!r}: warmup={warmup} and decay={tail} do not fit into steps={steps}"
+            f"schedule {kind!r}: warmup={warmup} and decay={tail} do not fit into steps={steps}; "
+            "set them too"
         )
     if kind == "cosine":
         main = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=final)

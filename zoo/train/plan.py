@@ -116,6 +116,8 @@ class Plan:
             self.config.streams,
             prefix_length=self.config.prefix_length,
             smoothing=self.config.smoothing,
+            remat=self.config.remat,
+            attention=self.config.attention,
             rngs=rngs,
         )
 
@@ -227,13 +229,19 @@ class Trunk:
             raise UserError(f"start_from={recipe.start_from!r} holds no finished checkpoint")
         self.step = step
         self.identity = self.folder.identity(step)
+        whole = self.identity["recipe"]["steps"]
+        if self.identity["data"] != "unknown" and step < whole:  # unknown: an imported model
+            raise UserError(
+                f"start_from={recipe.start_from!r} stopped at step {step} of {whole}; "
+                "finish it first"
+            )
         theirs = dict(self.identity["model"]["config"])
         ours = dataclasses.asdict(config)
         if theirs.get("streams", 1) != 1:
             raise UserError(
                 f"start_from={recipe.start_from!r} has {theirs['streams']} streams; expected 1"
             )
-        for name in ("streams", "prefix_length", "smoothing", *EXECUTION_FIELDS):
+        for name in ("streams", "prefix_length", "smoothing", "embedding_std", *EXECUTION_FIELDS):
             theirs.pop(name, None)
             ours.pop(name, None)
         theirs.pop("qkv_bias", None)

@@ -131,6 +131,8 @@ class Recipe:
         _require(self, "schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         _require(self, "batch", self.batch % self.accumulate == 0,
                  f"a multiple of accumulate={self.accumulate}")  # fmt: skip
+        _require(self, "decay", self.decay == 0 or self.schedule == "wsd",
+                 f"0, since schedule={self.schedule!r} has no decay phase")  # fmt: skip
         self.learning_rates()
 
     def learning_rates(self) -> Schedule:

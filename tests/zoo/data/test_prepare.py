@@ -303,7 +303,8 @@ assert "tensorflow" not in sys.modules
     trap = tmp_path / "path" / "tensorflow"
     trap.mkdir(parents=True)
     (trap / "__init__.py").write_text("import os; os._exit(77)")
-    environment = {**os.environ, "PYTHONPATH": str(trap.parent)}
+    path = os.pathsep.join(filter(None, [str(trap.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     imports = [sys.executable, "-c", "import tensorflow"]
     assert subprocess.run(imports, env=environment).returncode == 77
     command = [sys.executable, "-c", code, str(corpus_folder), str(tmp_path / "d")]

@@ -23,6 +23,12 @@ def test_pieces_join_to_the_text_and_never_split_a_character(tokenizer, text):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+def test_ids_past_the_tokenizer_have_no_text(tokenizer):
+    stream = TextStream(tokenizer)
+    shown = [stream.push(token) for token in [*tokenizer.encode("ab"), 270, 9999]]
+    assert "".join(shown) + stream.finish() == "ab"
+
+
 def test_a_cut_character_shows_at_the_end_only(tokenizer):
     stream = TextStream(tokenizer)
     cut = tokenizer.encode("🙂")[:-1]

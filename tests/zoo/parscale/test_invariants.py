@@ -165,6 +165,13 @@ def test_bfloat16_stays_close():
     assert np.linalg.norm(half - exact) / np.linalg.norm(exact) < 0.05
 
 
+def test_the_first_weights_of_the_trunk_do_not_depend_on_streams():
+    first, other = (
+        ParScaleLM(ParScaleConfig(**{**SIZES, "streams": p}), rngs=nnx.Rngs(7)) for p in (1, 4)
+    )
+    chex.assert_trees_all_equal(trunk(first), trunk(other))
+
+
 def test_depth_does_not_change_the_program():
     def program(depth):
         graph, state = nnx.split(nnx.eval_shape(lambda: make(2, depth=depth)))

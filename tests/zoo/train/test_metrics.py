@@ -1,5 +1,6 @@
 """FLOPs against independent counts, MFU, metrics files and the plot."""
 
+import importlib
 import io
 import json
 
@@ -81,7 +82,7 @@ def test_tensorboard_reads_the_events(tmp_path):
     for step in range(300):
         writer.scalars(step, {"loss": step / 7, "lr": 1e-30})
     writer.close()
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(writer.path))
     events.Reload()
     found = events.Scalars("loss")

@@ -119,6 +119,12 @@ def test_what_does_not_fit_model_or_mesh_is_refused(changes, text):
         Plan(chosen.replace(overrides=overrides))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_decay_without_effect_is_refused(schedule):
+    with pytest.raises(UserError, match="decay=5; expected 0, since schedule="):
+        Recipe(schedule=schedule, decay=5)
+
+
 def test_two_stages_share_all_but_what_the_second_needs():
     one, two = stage_1(tiny(1)), stage_2(tiny(4), share=0.1)
     assert (one.schedule, one.decay, one.mode) == ("wsd", 0, "all")
