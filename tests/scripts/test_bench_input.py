@@ -1,25 +1,16 @@
 """scripts/bench_input.py: a speed only after a green gate, one line for a bad option."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from hackle.zoo.data import reference
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.scripts.running import load
 
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("bench_input_script", SCRIPTS / "bench_input.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPTS))
-    return module
+    return load("bench_input")
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """scripts/convert.py as a person runs it."""
 
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import numpy as np
@@ -15,23 +13,19 @@ from flax import nnx
 
 from hackle import zoo
 from hackle.zoo.weights.folder import open_checkpoint
+from tests.scripts import running
+from tests.scripts.running import SCRIPTS, load
 from tests.zoo.golden import write_golden_checkpoint
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(capsys):
     """Runs the script: exit code, what it printed, its error line."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPTS / "convert.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    import cli
+    script = load("convert")
 
     def run(*args):
         capsys.readouterr()
-        code = cli.call(lambda: script.main([str(arg) for arg in args]))
+        code = running.call(script, *args)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -1,27 +1,17 @@
 """scripts/generate.py as a person runs it."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 from flax import nnx
 
 from hackle import zoo
 from hackle.zoo.data.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
 from hackle.zoo.generate import generate
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.scripts.running import call, load
 
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPTS / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPTS))
-    return module
+    return load("generate")
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +22,6 @@ def folder(tmp_path_factory):
     zoo.save_pretrained(model, folder)
     train_tokenizer(["def f(x):\n    return x + 1\n" * 50], 300, folder / FILE_NAME)
     return folder
-
-
-def call(script, *args):
-    import cli
-
-    return cli.call(lambda: script.main([str(arg) for arg in args]))
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 def test_streams_what_generate_writes(script, folder, capsys):

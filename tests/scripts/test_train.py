@@ -1,13 +1,11 @@
 """scripts/train.py as a person runs it: bad input, signals, dry run."""
 
-import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +13,8 @@ from flax import nnx
 
 from hackle.zoo.train.checkpoint import RunFolder, load_model
 from hackle.zoo.train.step import Program
+from tests.scripts.running import ROOT, SCRIPTS, call, load
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
 SMALL = [
     "--recipe", "parscale-tiny-p2",
     *(f"--set=model.{name}" for name in ("width=16", "mlp_width=24", "depth=1", "heads=2",
@@ -29,18 +26,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("train_script", SCRIPTS / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPTS))
-    return module
-
-
-def call(script, *args):
-    import cli
-
-    return cli.call(lambda: script.main([str(arg) for arg in args]))
+    return load("train")
 
 
 def test_no_published_form_is_refused_before_training(script, tmp_path, capsys, no_compute):

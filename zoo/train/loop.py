@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import tempfile
@@ -103,7 +104,8 @@ def run(
     """
     begun = time.monotonic()
     first = jax.process_index() == 0
-    say = (say or print) if first else (lambda _: None)
+    # Flushed, so that lines keep their place among the progress on stderr.
+    say = (say or functools.partial(print, flush=True)) if first else (lambda _: None)
     if resume not in RESUME:
         raise UserError(f"resume={resume!r}; expected one of {', '.join(RESUME)}")
     plan = Plan(recipe)
