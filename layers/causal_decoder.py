@@ -123,9 +123,7 @@ class CausalDecoder(nnx.Module):
     ) -> jax.Array:
         """Logits float32 `[B, L, V]` of the next token; arguments as in `features`."""
         return self.logits(
-            self.features(
-                tokens, positions=positions, segment_ids=segment_ids, branches=branches
-            )
+            self.features(tokens, positions=positions, segment_ids=segment_ids, branches=branches)
         )
 
     def features(
@@ -171,9 +169,7 @@ class CausalDecoder(nnx.Module):
             return self.embedding.attend(features)
         return project_to_vocabulary(features, self.head.weight[...])
 
-    def init_cache(
-        self, batch: int, length: int, dtype: DTypeLike | None = None
-    ) -> KeyValueCache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `length` tokens.
 
         It holds the prefixes of the streams already. `dtype` None is that of the parameters.

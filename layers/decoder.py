@@ -61,9 +61,7 @@ class SelfAttention(nnx.Module):
         self.rope_theta = rope_theta
         self.implementation = implementation
 
-    def project(
-        self, x: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of `x`; queries and keys rotated to `positions [B, L]`."""
         query = rotary(self.query(x), positions, self.rope_theta)
         key = rotary(self.key(x), positions, self.rope_theta)

@@ -56,7 +56,9 @@ def test_a_run_and_the_same_again(script, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "plan: 6 steps of 8 x 16 = 128 tokens" in said
     assert re.search(r"training loss: 4\.\d+ after 6 steps, 768 tokens", said)
-    assert re.search(r"speed: [\d,]+ tokens/s, (MFU [\d.]+ %, )?[\d.]+ % of it waiting for input", said)
+    assert re.search(
+        r"speed: [\d,]+ tokens/s, (MFU [\d.]+ %, )?[\d.]+ % of it waiting for input", said
+    )
     assert f"model: {tmp_path}/model" in said
     assert call(script, *SMALL, "--out", tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
