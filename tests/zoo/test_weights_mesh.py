@@ -61,7 +61,7 @@ def test_only_the_parts_of_a_device_are_read(tmp_path, monkeypatch):
     made = []
     empty = np.empty
     monkeypatch.setattr(
-        np, "empty", lambda shape, *a: made.append(tuple(shape)) or empty(shape, *a)
+        np, "empty", lambda shape, *a, **k: made.append(tuple(shape)) or empty(shape, *a, **k)
     )
     zoo.from_pretrained(tmp_path / "out", mesh=pjit_configs.build_mesh({"fsdp": 8}))
     monkeypatch.undo()
