@@ -74,7 +74,7 @@ class GRU(NamedTuple):
     def weight_gradients(
         self, state: Arrays, after: Arrays, u: Arrays, weights: Arrays, du: Arrays
     ):
-        """Gradient of each weight from the gradient of the pre-activations, per time and channel."""
+        """Gradient of each weight from that of the pre-activations, per time and channel."""
         (h,) = state
         r = self.sigmoid(weights[1] * h + u[1])
         return du[0] * h, du[1] * h, du[2] * (h * r)
@@ -136,7 +136,7 @@ class LSTM(NamedTuple):
     def weight_gradients(
         self, state: Arrays, after: Arrays, u: Arrays, weights: Arrays, du: Arrays
     ):
-        """Gradient of each weight from the gradient of the pre-activations, per time and channel."""
+        """Gradient of each weight from that of the pre-activations, per time and channel."""
         c, h = state
         return du[0] * h, du[1] * h, du[2] * h, du[0] * c, du[1] * after[0]
 
