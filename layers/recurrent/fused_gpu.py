@@ -334,7 +334,9 @@ def _forward(cell, batch, time, width, dtype, length, has_reset, interpret, entr
             zero = tuple(constant(0.0) for _ in range(n))
             before = jnp.maximum(row0 - _BURN_IN // _ROWS, 0)
             burned, _ = march(before, _BURN_IN // _ROWS, zero, (), [])
-            state = tuple(jnp.where(everywhere(s) == 0, x, y) for x, y in zip(initial, burned, strict=True))
+            state = tuple(
+                jnp.where(everywhere(s) == 0, x, y) for x, y in zip(initial, burned, strict=True)
+            )
         elif entry == "given":
             state = tuple(vector(e.at[s, b, lanes]) for e in entry_refs)
         if entry:
@@ -429,7 +431,8 @@ def _backward(cell, batch, time, width, dtype, length, has_reset, given, interpr
                 before = tuple(row_of(x, i) for x in state_blocks)
                 if i == 0:
                     before = tuple(
-                        jnp.where(everywhere(row0) == 0, x, y) for x, y in zip(initial, before, strict=True)
+                        jnp.where(everywhere(row0) == 0, x, y)
+                        for x, y in zip(initial, before, strict=True)
                     )
                 if keep_block is not None:
                     kept = everywhere(keep_block[i]) > 0.5
