@@ -6,7 +6,7 @@ Plain arguments, no config objects; needs jax, flax and numpy only.
 if not __name__.startswith("hackle."):
     raise ImportError(f"import this package as 'hackle.layers', not as {__name__!r}")
 
-from hackle.layers import cache, parscale, sharding
+from hackle.layers import cache, parscale, recurrent, sharding
 from hackle.layers.attention import attention, attention_with_lse, masks, merge_attention
 from hackle.layers.decoder import DecoderBlock, SelfAttention
 from hackle.layers.embedding import Embedding, project_to_vocabulary
@@ -34,6 +34,7 @@ __all__ = [
     "parameter",
     "parscale",
     "project_to_vocabulary",
+    "recurrent",
     "rotary",
     "sharding",
 ]

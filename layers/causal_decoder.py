@@ -4,8 +4,6 @@ embedding -> split -> depth x block -> norm -> join -> head. A dense model split
 nothing; ParScale splits into streams and joins them.
 """
 
-from typing import Any, Protocol
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,21 +12,10 @@ from jax.typing import DTypeLike
 from hackle.layers import masks
 from hackle.layers.cache import KeyValueCache, key_value_cache
 from hackle.layers.decoder import DecoderBlock, constrain_residual
-from hackle.layers.embedding import Embedding, project_to_vocabulary
-from hackle.layers.linear import Linear
-from hackle.layers.norm import RMSNorm
-from hackle.layers.stack import REMAT_POLICIES, Stack
+from hackle.layers.language_model import BranchIds, LanguageModel, check_rows
 
 
-class BranchIds(Protocol):
-    """Branch structure of token rows: int32 `[B, depth, L]` twice, and positions `[B, L]`."""
-
-    block: jax.Array
-    path: jax.Array
-    position: jax.Array
-
-
-class CausalDecoder(nnx.Module):
+class CausalDecoder(LanguageModel):
     """Pre-norm decoder with rotary positions, grouped queries and gated MLPs.
 
     Args:
@@ -45,8 +32,6 @@ class CausalDecoder(nnx.Module):
     Raises:
       ValueError: a size is not positive, or sizes do not fit each other.
     """
-
-    config: Any  # of the subclass
 
     def __init__(
         self,
@@ -73,10 +58,7 @@ class CausalDecoder(nnx.Module):
             raise ValueError(f"heads={heads} is not a positive multiple of kv_heads={kv_heads}")
         if head_width < 2 or head_width % 2:
             raise ValueError(f"head_width={head_width} must be even, for rotary positions")
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r} is not one of {REMAT_POLICIES}")
-        self.embedding = Embedding(vocab_size, width, init_std=embedding_std, rngs=rngs)
-        self.blocks = Stack(
+        super().__init__(
             lambda rngs: DecoderBlock(
                 width,
                 mlp_width,
@@ -91,19 +73,18 @@ class CausalDecoder(nnx.Module):
                 implementation=attention,
                 rngs=rngs,
             ),
-            depth,
+            vocab_size=vocab_size,
+            width=width,
+            depth=depth,
+            norm_eps=norm_eps,
+            tie_embeddings=tie_embeddings,
+            embedding_std=embedding_std,
+            remat=remat,
             rngs=rngs,
-        )
-        self.final_norm = RMSNorm(width, norm_eps, rngs=rngs)
-        self.head = (
-            None
-            if tie_embeddings
-            else Linear((width,), (vocab_size,), ("embed", "vocab"), rngs=rngs)
         )
         self.kv_heads = kv_heads
         self.head_width = head_width
         self.streams = streams
-        self.remat = remat
 
     def split(self, x: jax.Array) -> jax.Array:
         """What happens to the embedded tokens `[B, L, D]` before the blocks."""
@@ -112,19 +93,6 @@ class CausalDecoder(nnx.Module):
     def join(self, x: jax.Array) -> jax.Array:
         """What turns the output of the blocks, normed, into `[B, L, D]`."""
         return x
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        branches: BranchIds | None = None,
-    ) -> jax.Array:
-        """Logits float32 `[B, L, V]` of the next token; arguments as in `features`."""
-        return self.logits(
-            self.features(tokens, positions=positions, segment_ids=segment_ids, branches=branches)
-        )
 
     def features(
         self,
@@ -146,7 +114,7 @@ class CausalDecoder(nnx.Module):
         Raises:
           ValueError: an array does not have the shape that it should.
         """
-        _check_rows(tokens, positions=positions, segment_ids=segment_ids)
+        check_rows(tokens, positions=positions, segment_ids=segment_ids)
         mask: masks.Mask = masks.Causal()
         if segment_ids is not None:
             mask = mask & masks.Segments(segment_ids, segment_ids)
@@ -162,12 +130,6 @@ class CausalDecoder(nnx.Module):
             lambda block, x, _: (block(x, positions, mask), None), x, remat=self.remat
         )
         return self.join(self.final_norm(x))
-
-    def logits(self, features: jax.Array) -> jax.Array:
-        """Logits, float32 (or wider) `[..., V]`, of features `[..., D]`."""
-        if self.head is None:
-            return self.embedding.attend(features)
-        return project_to_vocabulary(features, self.head.weight[...])
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `length` tokens.
@@ -202,7 +164,7 @@ class CausalDecoder(nnx.Module):
         Raises:
           ValueError: shapes do not fit, or (outside jit) the cache is too small.
         """
-        _check_rows(tokens, positions=positions)
+        check_rows(tokens, positions=positions)
         if positions is None:
             positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
         cache = cache.admit(positions)
@@ -224,11 +186,3 @@ def segment_positions(shape: tuple[int, ...], segment_ids: jax.Array | None) -> 
         return index
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def _check_rows(tokens: jax.Array, **others: jax.Array | None) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [B, L], got {tokens.dtype} {tokens.shape}")
-    for name, array in others.items():
-        if array is not None and array.shape != tokens.shape:
-            raise ValueError(f"{name} has shape {array.shape}, but tokens have {tokens.shape}")

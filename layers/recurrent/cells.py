@@ -7,7 +7,9 @@ of arrays, pre-activations are three arrays, and weights are one array per row o
 channel, since no channel reads another's state.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -144,7 +146,31 @@ class LSTM(NamedTuple):
 Cell = GRU | LSTM
 
 
-def transpose_apply(block: Block, cotangent: Arrays) -> Arrays:
-    """`block^T cotangent`, channel by channel; `block[i][k]` maps k to i."""
-    columns = zip(*block, strict=True)
-    return tuple(sum(b * x for b, x in zip(column, cotangent, strict=True)) for column in columns)
+def compose(second: Block, first: Block) -> Block:
+    """`second first`, channel by channel: the Jacobian of one step after the other."""
+    n = len(first)
+    return tuple(
+        tuple(_sum(second[i][j] * first[j][k] for j in range(n)) for k in range(n))
+        for i in range(n)
+    )
+
+
+def apply(block: Block, vector: Arrays) -> Arrays:
+    """`block vector`, channel by channel; `block[i][k]` maps k to i."""
+    return tuple(_sum(b * x for b, x in zip(row, vector, strict=True)) for row in block)
+
+
+def transposed(block: Block) -> Block:
+    """Rows and columns exchanged."""
+    return tuple(zip(*block, strict=True))
+
+
+def identity(like: Arrays) -> Block:
+    """The identity on states shaped as `like`."""
+    return tuple(
+        tuple(jnp.full_like(x, float(i == k)) for k in range(len(like))) for i, x in enumerate(like)
+    )
+
+
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hackle.layers.recurrent.cells import Arrays, Cell, transpose_apply
+from hackle.layers.recurrent.cells import Arrays, Cell, apply, compose, transposed
 
 _LANES = 128  # of a warpgroup
 _ROWS = 8  # time steps of a tile in shared memory
@@ -161,7 +161,7 @@ def adjoint(
             if s + 2 < count:  # the last segment's entry was right already
                 sent = tuple(x[s + 1] for x in entries)
                 block = _block(cell, [p[s + 1] for p in products])
-                moved = transpose_apply(block, sent)
+                moved = apply(transposed(block), sent)
                 after = tuple(a + m for a, m in zip(after, moved, strict=True))
             entries = tuple(x.at[s].set(a) for x, a in zip(entries, after, strict=True))
     du, dweights, ends = run(True)(*arrays, *entries)
@@ -445,11 +445,11 @@ def _backward(cell, batch, time, width, dtype, length, has_reset, given, interpr
                     x + row_of(next(at), i) if has else x
                     for x, has in zip(carry, given, strict=True)
                 )
-                sent = transpose_apply(jacobian, total)
+                sent = apply(transposed(jacobian), total)
                 if keep_block is not None:
                     sent = tuple(jnp.where(kept, x, 0.0) for x in sent)
                 if write:
-                    du = transpose_apply(local, total)
+                    du = apply(transposed(local), total)
                     after = cell.step(before, row, weights)
                     grads = cell.weight_gradients(before, after, row, weights, du)
                     if ragged:

@@ -1,0 +1,223 @@
+"""A nonlinear recurrence solved for all times at once by Newton's method (ParaRNN, 2510.21450).
+
+All states together are the root of `f(h_(t-1), x_t) - h_t = 0`. A Newton step solves the system
+linearised at the present iterate, `d_t = J_t d_(t-1) + f(h_(t-1), x_t) - h_t`, which is a linear
+recurrence (`affine.py`), and adds d (section 3). Every step makes at least one more state exact,
+so T steps always suffice; where the recurrence forgets, three or four do, whatever T.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hackle.layers.recurrent import affine
+from hackle.layers.recurrent.affine import Matrix
+from hackle.layers.recurrent.cells import Arrays, Block, Cell, apply, transposed
+
+MAX_ITERATIONS = 32
+
+
+class SolveInfo(NamedTuple):
+    """How an iterative solution ended; scalars.
+
+    Attributes:
+      iterations: int32, Newton steps (or passes over the segments of `shooting`).
+      residual: largest `|f(h_(t-1), x_t) - h_t|` of the states returned.
+      converged: bool, the last correction was within the tolerance and everything is finite.
+      log_jacobian: mean of `log |J|` over the entries that are not zero: the recurrence forgets
+        where it is negative, and resists being solved for all times at once where it is positive
+        (arXiv 2508.16817).
+    """
+
+    iterations: jax.Array
+    residual: jax.Array
+    converged: jax.Array
+    log_jacobian: jax.Array
+
+
+Linearize = Callable[[Arrays], tuple[Arrays, Matrix]]
+
+
+def default_tolerance(dtype) -> float:
+    """`eps^(2/3)`: the error left after a correction of this size is its square or rounding."""
+    return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def iterate(
+    linearize: Linearize,
+    guess: Arrays,
+    axis: int,
+    *,
+    tolerance: float | None = None,
+    max_iterations: int = MAX_ITERATIONS,
+    bound: jax.Array | float | None = None,
+) -> tuple[Arrays, jax.Array, jax.Array]:
+    """Newton steps from `guess` until the correction is within the tolerance.
+
+    Args:
+      linearize: maps states of all times to `(f, J)`, both at the states one step earlier.
+      guess: states of all times.
+      axis: the time axis.
+      tolerance: of the largest correction, relative to the largest state where that exceeds 1.
+        None is `default_tolerance`; 0 runs `max_iterations` steps.
+      bound: largest possible size of a state; iterates are projected there, which is exact.
+
+    Returns:
+      `(states, iterations, converged)`.
+    """
+    if tolerance is None:
+        tolerance = default_tolerance(guess[0].dtype)
+
+    def largest(arrays: Arrays) -> jax.Array:
+        return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in arrays]))
+
+    def go_on(carry):
+        _, size, k = carry
+        # Written so that a size which is not a number goes on.
+        return ~(size <= tolerance) & (k < max_iterations) if tolerance else k < max_iterations
+
+    def body(carry):
+        states, _, k = carry
+        after, jacobian = linearize(states)
+        residual = tuple(a - x for a, x in zip(after, states, strict=True))
+        delta = affine.solve(jacobian, residual, axis)
+        size = largest(delta) / jnp.maximum(1, largest(states))
+        return tuple(_update(x, d, bound) for x, d in zip(states, delta, strict=True)), size, k + 1
+
+    start = (guess, jnp.full((), jnp.inf, guess[0].dtype), jnp.zeros((), jnp.int32))
+    states, size, iterations = lax.while_loop(go_on, body, start)
+    return states, iterations, size <= (tolerance or default_tolerance(guess[0].dtype))
+
+
+def _update(state: jax.Array, delta: jax.Array, bound: jax.Array | float | None) -> jax.Array:
+    """Adds a correction. Where products of Jacobians overflowed, the old iterate stays: the exact
+    states still grow from the first one on."""
+    new = state + delta
+    if bound is not None:
+        new = jnp.clip(new, -bound, bound)
+    return jnp.where(jnp.isfinite(new), new, state)
+
+
+def health(states: Arrays, after: Arrays, jacobian: Matrix) -> tuple[jax.Array, jax.Array]:
+    """`(residual, log_jacobian)` of `SolveInfo`."""
+    residual = jnp.max(
+        jnp.stack([jnp.max(jnp.abs(a - x)) for a, x in zip(after, states, strict=True)])
+    )
+    entries = jax.tree.leaves(jacobian)
+    tiny = jnp.finfo(entries[0].dtype).tiny
+    square = jnp.concatenate([jnp.square(x).ravel() for x in entries])
+    flows = square > tiny  # zeros stand where a reset cuts, or where a block has none
+    logs = 0.5 * jnp.log(jnp.where(flows, square, 1))
+    return residual, jnp.sum(logs) / jnp.maximum(jnp.sum(flows), 1)
+
+
+# The cells of `cells.py`, all of whose states lie in [-1, 1].
+
+
+def state_bound(initial: Arrays) -> jax.Array:
+    """Largest possible size of a state: 1, unless the initial state is larger."""
+    return jnp.maximum(1, jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in initial])))
+
+
+def _linearized(cell: Cell, u, weights, initial: Arrays, reset) -> Linearize:
+    row, rows = _rows(u, weights, initial[0].dtype)
+    keep = None if reset is None else ~reset[..., None]
+
+    def linearize(states: Arrays) -> tuple[Arrays, Block]:
+        after, jacobian = cell.linearize(_before(initial, states, keep), row, rows)
+        return after, _cut(jacobian, keep)
+
+    return linearize
+
+
+def solve_with_info(
+    cell: Cell,
+    u: jax.Array,
+    weights: jax.Array,
+    initial: Arrays,
+    reset: jax.Array | None,
+    *,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+) -> tuple[Arrays, Arrays, SolveInfo]:
+    """As `scan.solve`, and how Newton's method ended. The first guess is `f(0, x_t)`."""
+    row, rows = _rows(u, weights, initial[0].dtype)
+    zero = tuple(jnp.zeros_like(row[0]) for _ in initial)
+    states, iterations, converged = iterate(
+        _linearized(cell, u, weights, initial, reset),
+        cell.step(zero, row, rows),
+        1,
+        tolerance=tolerance,
+        max_iterations=MAX_ITERATIONS if max_iterations is None else max_iterations,
+        bound=state_bound(initial),
+    )
+    final = tuple(x[:, -1] for x in states)
+    info = examine(
+        cell, u, weights, initial, reset, states, iterations=iterations, converged=converged
+    )
+    return tuple(x.astype(u.dtype) for x in states), final, info
+
+
+def examine(
+    cell: Cell, u, weights, initial: Arrays, reset, states: Arrays, *, iterations, converged
+) -> SolveInfo:
+    """What the states returned are worth; costs one evaluation of all steps, if it is used."""
+    states = tuple(x.astype(initial[0].dtype) for x in states)
+    linearize = _linearized(cell, u, weights, initial, reset)
+    residual, log_jacobian = health(states, *linearize(states))
+    return SolveInfo(iterations, residual, converged & jnp.isfinite(residual), log_jacobian)
+
+
+def adjoint(
+    cell: Cell,
+    u: jax.Array,
+    weights: jax.Array,
+    initial: Arrays,
+    reset: jax.Array | None,
+    states: Arrays,
+    cotangents: tuple[jax.Array | None, ...],
+    final_cotangents: Arrays,
+) -> tuple[jax.Array, jax.Array, Arrays]:
+    """As `scan.adjoint`: one linear recurrence backwards, by the implicit function theorem.
+
+    `y_t = g_t + J_(t+1)^T y_(t+1)`, with Jacobians at the states themselves and not at an iterate
+    (section 3.2); then the gradients of one step at each time.
+    """
+    dtype = initial[0].dtype
+    row, rows = _rows(u, weights, dtype)
+    keep = None if reset is None else ~reset[..., None]
+    before = _before(initial, tuple(x.astype(dtype) for x in states), keep)
+    jacobian, local = cell.local_gradients(before, row, rows)
+    jacobian = _cut(jacobian, keep)
+    given = tuple(
+        jnp.zeros(u.shape[:2] + u.shape[3:], dtype) if g is None else g.astype(dtype)
+        for g in cotangents
+    )
+    given = tuple(g.at[:, -1].add(f) for g, f in zip(given, final_cotangents, strict=True))
+    total = affine.solve_transposed(jacobian, given, 1)
+    du = apply(transposed(local), total)
+    after = cell.step(before, row, rows)
+    dweights = cell.weight_gradients(before, after, row, rows, du)
+    dinitial = apply(transposed(jacobian), total)
+    return (
+        jnp.stack(du, axis=2).astype(u.dtype),
+        jnp.stack([jnp.sum(g, axis=(0, 1)) for g in dweights]),
+        tuple(x[:, 0] for x in dinitial),
+    )
+
+
+def _rows(u: jax.Array, weights: jax.Array, dtype) -> tuple[Arrays, Arrays]:
+    return tuple(u[:, :, k].astype(dtype) for k in range(3)), tuple(weights.astype(dtype))
+
+
+def _before(initial: Arrays, states: Arrays, keep: jax.Array | None) -> Arrays:
+    before = affine.shifted(initial, states, 1)
+    return before if keep is None else tuple(jnp.where(keep, x, 0) for x in before)
+
+
+def _cut(jacobian: Block, keep: jax.Array | None) -> Block:
+    """Nothing flows through a reset."""
+    return jacobian if keep is None else jax.tree.map(lambda x: jnp.where(keep, x, 0), jacobian)

@@ -1,0 +1,140 @@
+"""Multiple shooting: segments of time run at once, each step by step from a guessed entry state.
+
+A pass runs all segments, exactly, and gives their end states and the Jacobian of each end with
+respect to its entry. Newton's method then acts on the entries alone: a recurrence over segments,
+`e_(s+1) = end_s + P_s (e_s - old e_s)`. Passes go on until every entry is the end before it, so
+nothing is left to a number of iterations; one that forgets its past needs two (classic multiple
+shooting; ParaRNN, arXiv 2510.21450, has one step a segment).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hackle.layers.recurrent import affine, newton
+from hackle.layers.recurrent.cells import Arrays, Block, Cell, compose, identity
+from hackle.layers.recurrent.newton import SolveInfo
+
+# Largest difference between an entry and the end before it, of states whose size is about 1.
+TOLERANCE = 1e-6
+# Steps of a segment: fewer make more passes, more run longer one after the other.
+_STEPS = 64
+# Steps before a segment, run from zero, whose end is the first guess of its entry.
+_BURN_IN = 16
+
+adjoint = newton.adjoint
+
+
+def solve_with_info(
+    cell: Cell,
+    u: jax.Array,
+    weights: jax.Array,
+    initial: Arrays,
+    reset: jax.Array | None,
+    *,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    segments: int | None = None,
+) -> tuple[Arrays, Arrays, SolveInfo]:
+    """As `scan.solve`, and how many passes it took.
+
+    Args:
+      tolerance: of the difference between an entry and the end before it; None is `TOLERANCE`.
+      max_iterations: bound of the passes. None is the number of segments, after which every
+        entry is exact, by causality.
+      segments: how many; None makes them `_STEPS` long.
+    """
+    batch, time, _, width = u.shape
+    count = max(1, time // _STEPS) if segments is None else min(segments, time)
+    length = -(-time // count)
+    count = -(-time // length)
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    most = count if max_iterations is None else max_iterations
+    dtype = initial[0].dtype
+
+    def cut(x: jax.Array) -> jax.Array:
+        """`[B, T, ...]` to `[length, segments, B, ...]`; what is over is the end of the last."""
+        x = jnp.pad(x, ((0, 0), (0, count * length - time), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, count, length, *x.shape[2:]), (2, 1, 0), (0, 1, 2))
+
+    rows = cut(u)
+    keep = None if reset is None else ~cut(reset)[..., None]
+    inside = (jnp.arange(count) * length + jnp.arange(length)[:, None] < time)[..., None, None]
+    lines = tuple(weights.astype(dtype))
+
+    def march(entries: Arrays, first: int) -> tuple[Arrays, Arrays, Block]:
+        """Runs every segment from step `first` on: states, ends, and d(end) / d(entry)."""
+
+        def step(carry, x):
+            old, before = carry
+            row, keep, inside = x
+            held = old, before
+            if keep is not None:
+                old, before = jax.tree.map(lambda a: jnp.where(keep, a, 0), (old, before))
+            state, jacobian = cell.linearize(old, tuple(jnp.moveaxis(row, -2, 0).astype(dtype)), lines)
+            new = state, compose(jacobian, before)
+            new = jax.tree.map(lambda a, b: jnp.where(inside, a, b), new, held)
+            return new, tuple(x.astype(u.dtype) for x in new[0])
+
+        xs = jax.tree.map(lambda x: x[first:], (rows, keep, inside))
+        (ends, products), states = lax.scan(step, (entries, identity(entries)), xs)
+        return states, ends, products
+
+    def enter(ends: Arrays) -> Arrays:
+        """What the entries are if these are the ends."""
+        return affine.shifted(initial, ends, 0)
+
+    def body(carry):
+        _, entries, _, _, k = carry
+        states, ends, products = march(entries, 0)
+        targets = enter(ends)
+        gap = disagreement(targets, entries)
+        return states, corrected(entries, targets, products, initial), ends, gap, k + 1
+
+    def go_on(carry):
+        *_, gap, k = carry
+        return (gap > tolerance) & (k < most)
+
+    zeros = tuple(jnp.zeros((count, batch, width), dtype) for _ in initial)
+    guess = enter(march(zeros, max(0, length - _BURN_IN))[1])
+    blank = tuple(jnp.zeros((length, count, batch, width), u.dtype) for _ in initial)
+    gap = jnp.full((), jnp.inf, dtype)
+    states, _, ends, gap, passes = lax.while_loop(
+        go_on, body, (blank, guess, guess, gap, jnp.zeros((), jnp.int32))
+    )
+    flat = tuple(jnp.moveaxis(x, (2, 1, 0), (0, 1, 2)).reshape(batch, -1, width) for x in states)
+    states = tuple(x[:, :time] for x in flat)
+    info = newton.examine(
+        cell, u, weights, initial, reset, states, iterations=passes, converged=gap <= tolerance
+    )
+    return states, tuple(x[-1] for x in ends), info
+
+
+def disagreement(ends: Arrays, entries: Arrays) -> jax.Array:
+    """Largest difference between an entry and the end that it should be. Two that are not numbers
+    agree: a pre-activation that is not one spoils all that follow, here as step by step."""
+    gaps = [
+        jnp.max(jnp.where(jnp.isnan(a) & jnp.isnan(b), 0, jnp.abs(a - b)))
+        for a, b in zip(ends, entries, strict=True)
+    ]
+    # A difference that is not a number is one.
+    return jnp.nan_to_num(jnp.max(jnp.stack(gaps)), nan=jnp.inf, posinf=jnp.inf)
+
+
+def corrected(entries: Arrays, targets: Arrays, products: Block, initial: Arrays) -> Arrays:
+    """Newton's method on the entries, arrays `[S, B, D]`.
+
+    Args:
+      targets: the ends before each entry, and the initial state.
+      products: d(end) / d(entry) of each segment.
+    """
+    residual = tuple(t - e for t, e in zip(targets, entries, strict=True))
+    # The entry of a segment moves by what the segment before it makes of its own entry's move.
+    arriving = jax.tree.map(lambda p: jnp.roll(p, 1, 0), products)
+    moves = affine.solve(arriving, residual, 0)
+    bound = newton.state_bound(initial)
+    new = tuple(jnp.clip(e + m, -bound, bound) for e, m in zip(entries, moves, strict=True))
+    # Where a product overflowed, the end itself: entries still become exact one after the other.
+    return tuple(
+        jnp.where(jnp.isfinite(x), x, t) for x, t in zip(new, targets, strict=True)
+    )
