@@ -8,20 +8,23 @@ if not __name__.startswith("hackle."):
 
 from hackle.layers import cache, parscale, recurrent, sharding
 from hackle.layers.attention import attention, attention_with_lse, masks, merge_attention
+from hackle.layers.convolution import CausalConv
 from hackle.layers.decoder import DecoderBlock, SelfAttention
 from hackle.layers.embedding import Embedding, project_to_vocabulary
 from hackle.layers.linear import Linear
 from hackle.layers.mlp import GatedMLP
-from hackle.layers.norm import RMSNorm
+from hackle.layers.norm import GatedRMSNorm, RMSNorm
 from hackle.layers.parameter import parameter
 from hackle.layers.rotary import rotary
 from hackle.layers.stack import REMAT_POLICIES, Stack
 
 __all__ = [
     "REMAT_POLICIES",
+    "CausalConv",
     "DecoderBlock",
     "Embedding",
     "GatedMLP",
+    "GatedRMSNorm",
     "Linear",
     "RMSNorm",
     "SelfAttention",

@@ -32,10 +32,14 @@ def _face(layer: type[nnx.Module]) -> Callable[..., nn.Module]:
     return face
 
 
+CausalConv = _face(layers.CausalConv)
 DecoderBlock = _face(layers.DecoderBlock)
 Embedding = _face(layers.Embedding)
 GatedMLP = _face(layers.GatedMLP)
+GatedRMSNorm = _face(layers.GatedRMSNorm)
 Linear = _face(layers.Linear)
+ParaGRU = _face(layers.recurrent.ParaGRU)
+ParaLSTM = _face(layers.recurrent.ParaLSTM)
 RMSNorm = _face(layers.RMSNorm)
 SelfAttention = _face(layers.SelfAttention)
 StreamAggregator = _face(layers.parscale.StreamAggregator)

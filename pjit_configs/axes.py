@@ -22,6 +22,9 @@ AXES: dict[str, str] = {
     "kv_heads": "key and value heads",
     "head_width": "width of one head",
     "mlp": "hidden width of the MLP",
+    "state": "channels of a recurrent state",
+    "gates": "gates of a recurrent cell, or those of them that see one kind of state",
+    "taps": "inputs that a convolution over time sees",
     "prefix": "positions of a learned key-value prefix",
 }
 

@@ -25,13 +25,14 @@ _STREAMS: Rules = {**_DATA, "stream": "stream"}
 # Every large parameter has exactly one `embed`, so splitting it splits them all evenly.
 _FSDP: Rules = {**_STREAMS, "embed": "fsdp"}
 
-# The inner width of attention, MLP and aggregator is split, so each costs one all-reduce. Key and
-# value heads follow the query heads that read them.
+# The inner width of attention, recurrence, MLP and aggregator is split, so each costs one
+# all-reduce. Key and value heads follow the query heads that read them.
 _TENSOR: Rules = {
     **_STREAMS,
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "state": "tensor",
     "vocab": "tensor",
     "embed_out": "tensor",
 }

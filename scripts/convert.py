@@ -141,7 +141,7 @@ def describe(first: dict[str, str], family: Any, config: Any, rest: dict[str, st
     same = [
         name
         for name in registry.list_models()
-        if registry.entry(name).config == dataclasses.replace(config, remat="none", attention=None)
+        if registry.entry(name).config == registry.run_as(config, **registry.EXECUTION)
     ]
     inner, total = config.parameter_count(embedding=False), config.parameter_count()
     lines = {

@@ -11,6 +11,8 @@ from flax import nnx
 from hackle.zoo.dense import params as dense_params
 from hackle.zoo.dense.modeling import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
+from hackle.zoo.pararnn import params as pararnn_params
+from hackle.zoo.pararnn.modeling import CELLS, ParaRNNConfig, ParaRNNLM
 from hackle.zoo.parscale import params as parscale_params
 from hackle.zoo.parscale.modeling import ParScaleConfig, ParScaleLM
 
@@ -46,6 +48,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("dense", DenseLM, DenseConfig, dense_params, dense_params.MODEL_TYPE),
         Family("parscale", ParScaleLM, ParScaleConfig, parscale_params, parscale_params.MODEL_TYPE),
+        Family("pararnn", ParaRNNLM, ParaRNNConfig, pararnn_params, pararnn_params.MODEL_TYPE),
     )
 }
 
@@ -73,6 +76,18 @@ _PARSCALE = {
     "parscale-qwen-3b": ParScaleConfig.qwen_3b,
 }
 
+_PARARNN = {
+    "pararnn-tiny": ParaRNNConfig.tiny,
+    "pararnn-400m": ParaRNNConfig.pararnn_400m,
+    "pararnn-1b": ParaRNNConfig.pararnn_1b,
+    "pararnn-2.9b": ParaRNNConfig.pararnn_2_9b,
+    "pararnn-7b": ParaRNNConfig.pararnn_7b,
+}
+
+# Fields of a config that say how a model runs, not what it is, and what they are when nothing is
+# chosen. A family has those of them that it has a use for.
+EXECUTION: dict[str, str | None] = {"remat": "none", "attention": None, "recurrence": None}
+
 
 def _entries() -> dict[str, Entry]:
     found = [Entry(name, "dense", make(), DenseLM) for name, make in _DENSE.items()]
@@ -80,6 +95,11 @@ def _entries() -> dict[str, Entry]:
         Entry(f"{size}-p{streams}", "parscale", make(streams=streams), ParScaleLM)
         for size, make in _PARSCALE.items()
         for streams in STREAMS
+    ]
+    found += [
+        Entry(f"{size}-{cell}", "pararnn", make(cell), ParaRNNLM)
+        for size, make in _PARARNN.items()
+        for cell in CELLS
     ]
     return {entry.name: entry for entry in found}
 
@@ -149,6 +169,19 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:
         return found.model_class(dataclasses.replace(found.config, **overrides), rngs=rngs)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def run_as(config: Any, **how: str | None) -> Any:
+    """The config with fields of `EXECUTION` changed; None fits families that lack the field, too.
+
+    Raises:
+      UserError: a choice that this family has no use for.
+    """
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name, value in how.items():
+        if name not in fields and value is not None:
+            raise UserError(f"{name}={value!r}: {type(config).__name__} has no {name}")
+    return dataclasses.replace(config, **{k: v for k, v in how.items() if k in fields})
 
 
 def family_of(model: Any) -> Family:

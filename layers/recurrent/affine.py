@@ -72,6 +72,12 @@ def solve_transposed(jacobian: Matrix, rhs: Arrays, axis: int) -> Arrays:
     return tuple(jnp.flip(x, axis) for x in solve(*flipped, axis))
 
 
+def product(matrix: Matrix, axis: int) -> Matrix:
+    """The product over `axis` (one of the leading ones), the first factor rightmost."""
+    whole = lax.associative_scan(lambda first, second: compose(second, first), matrix, axis=axis)
+    return jax.tree.map(lambda x: lax.index_in_dim(x, -1, axis, keepdims=False), whole)
+
+
 def shifted(initial: Arrays, states: Arrays, axis: int) -> Arrays:
     """The state before each step: `initial`, then all states but the last."""
     return tuple(

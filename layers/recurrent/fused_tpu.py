@@ -1,20 +1,21 @@
 """The recurrence on TPUs (Pallas, Mosaic): states and gates never leave the chip.
 
-A program is a tile of batch rows and channels, and steps through time: the last grid axis is
-time, and the state waits in the tile of the final state between its steps. Bytes per (batch, time,
+A program is a tile of batch rows and channels and steps through time; the last grid axis is time,
+and between its steps the state waits in the tile of the final state. Bytes per (batch, time,
 channel), s = bytes a number: forward GRU 4s, LSTM 5s; backward 8s and 9s.
 
-What moves, besides: nothing in HBM. The kernels read u as `[B,3,T,D]`, since three gates as
-second-last axis would fill three rows of a tile of eight. A projection that gives `[B,T,3,D]`
-writes that order by itself, because for XLA the exchange of axes is a choice of layout; only a u
-that exists already in another layout is copied. Time and channels of any size are read as they
-are: what a tile reads beyond the array is masked, what it writes there is dropped.
+Nothing else moves in HBM. The kernels read u as `[B,3,T,D]`, since three gates as second-last axis
+would fill three rows of a tile of eight. A projection whose einsum gives `[B,T,3,D]` writes that
+order by itself: to XLA, exchanging axes is a choice of layout. Only a u that already exists in
+another layout is copied. Any time and any number of channels are read as they are: what a tile
+reads beyond the array is masked, and what it writes there is dropped.
 
 A vector register holds 8 sublanes of 128 lanes, and a tile in memory 8 times of 128 channels. A
-step wants 8 rows that are independent: batch rows, or where there are fewer than 8, groups of
-channels. So rows of time are taken `_rows` at a time and turned inside the registers, `_fold`,
-which shuffles sublanes and overlaps with the arithmetic. A step is a chain of special functions
-as long whatever the width, so several registers' width runs side by side.
+step wants its 8 sublanes independent: batch rows, or where there are fewer than 8, groups of
+channels too. So a few rows of time at once are stored in a buffer as they come and loaded with a
+stride (`_spread`, `_row`), and the results the same way back (`_put`, `_gather`); turning them
+within registers takes four times as many instructions. A step is a chain of special functions, as
+long for one register as for several, so a program advances several side by side.
 """
 
 from typing import NamedTuple
@@ -29,8 +30,11 @@ from hackle.layers.recurrent.cells import Arrays, Cell, apply, transposed
 
 _LANES = 128
 _SUBLANES = 8
-_CHAINS = 4  # registers of one state that a program advances at once
+# Registers of a state that one program advances at once. Backward, the weights and their sums take
+# six more for each, and the chain is short, one product.
+_FORWARD, _BACKWARD = 4, 2
 _VMEM = 8 * 2**20  # bytes of a program's tiles, two of each; the smallest default limit is 16 MiB
+_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
 def unsupported(u: jax.Array) -> str | None:
@@ -41,54 +45,6 @@ def unsupported(u: jax.Array) -> str | None:
     if u.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the fused TPU kernel stores float32 or bfloat16, got {u.dtype}"
     return None
-
-
-class _Tiles(NamedTuple):
-    """How the arrays are cut: a tile is `batch` rows, `time` steps, `groups * width` channels."""
-
-    batch: int
-    groups: int
-    width: int
-    time: int
-    rows: int  # steps between two exchanges of sublanes
-    grid: tuple[int, int, int]
-
-    @property
-    def channels(self) -> int:
-        return self.groups * self.width
-
-    @property
-    def sublanes(self) -> int:
-        return self.batch * self.groups
-
-    def fold(self, x: jax.Array) -> jax.Array:
-        """`[batch, rows, channels] -> [rows, sublanes, width]`: a step becomes whole registers."""
-        if self.groups == 1:
-            return jnp.swapaxes(x, 0, 1)
-        x = x.reshape(self.batch, -1, self.groups, self.width)
-        return x.transpose(1, 0, 2, 3).reshape(-1, self.sublanes, self.width)
-
-    def unfold(self, x: jax.Array) -> jax.Array:
-        """The inverse of `fold`."""
-        if self.groups == 1:
-            return jnp.swapaxes(x, 0, 1)
-        x = x.reshape(-1, self.batch, self.groups, self.width)
-        return x.transpose(1, 0, 2, 3).reshape(self.batch, -1, self.channels)
-
-
-def _tiles(u: jax.Array, arrays: int, chains: int) -> _Tiles:
-    """For `u [B,T,3,D]` and tiles of `arrays` arrays of the size of the states."""
-    batch, time, _, width = u.shape
-    itemsize = jnp.dtype(u.dtype).itemsize
-    registers = pl.cdiv(width, _LANES)
-    b = min(batch, _SUBLANES)
-    groups = min(_SUBLANES // b, registers)
-    lanes = _LANES * min(chains, pl.cdiv(registers, groups))
-    rows = _SUBLANES * 4 // itemsize  # a tile of memory holds as many
-    fit = _VMEM // (2 * arrays * b * groups * lanes * itemsize * rows)
-    t = rows * max(1, min(fit, pl.cdiv(time, rows)))
-    grid = (pl.cdiv(batch, b), pl.cdiv(width, groups * lanes), pl.cdiv(time, t))
-    return _Tiles(b, groups, lanes, t, rows, grid)
 
 
 def solve(
@@ -106,66 +62,70 @@ def solve(
       interpret: passed to the kernel, for tests without a TPU.
     """
     batch, time, _, width = u.shape
-    n = cell.states
-    tiles = _tiles(u, 3 + n, _CHAINS)
-    resets = () if reset is None else (_reset_bits(reset, tiles),)
+    cell, n = _fast(cell), cell.states
+    tiles = _tiles(u, 3 + n, _FORWARD)
+    resets = () if reset is None else (_reset_words(reset, tiles),)
 
     def body(*refs):
-        u_ref, weights_ref, *refs = refs
-        initial_refs, refs = refs[:n], refs[n:]
-        bits_ref, refs = (refs[0], refs[1:]) if resets else (None, refs)
-        states_refs, final_refs = refs[:n], refs[n:]
+        refs = list(refs)
+        take = lambda k: [refs.pop(0) for _ in range(k)]
+        u_ref, weights_ref = take(2)
+        initial_refs, words_refs = take(n), take(len(resets))
+        states_refs, final_refs = take(n), take(n)
+        gate_buffers, out_buffers = take(3), take(n)
 
         @pl.when(pl.program_id(2) == 0)
         def _():
             for final, start in zip(final_refs, initial_refs, strict=True):
                 final[...] = start[...]
 
-        rows_of_weights = _weights(weights_ref, tiles)
+        weights = _weights(weights_ref, tiles)
         first = pl.program_id(2) * tiles.time
 
-        def chunk(i, state):
-            rows = pl.ds(pl.multiple_of(i * tiles.rows, tiles.rows), tiles.rows)
-            gates = [tiles.fold(u_ref[:, k, rows].astype(jnp.float32)) for k in range(3)]
-            out = []
+        def block(i, state):
+            rows = tiles.block(i)
+            for k, buffer in enumerate(gate_buffers):
+                _spread(u_ref.at[:, k, rows], buffer, tiles)
+            words = [_words(ref, i, tiles) for ref in words_refs]
             for j in range(tiles.rows):
                 before = state
-                if bits_ref is not None:
-                    cut = _bit(bits_ref[i], j, tiles)
+                for word in words:
+                    cut = (word & (1 << j)) != 0
                     before = tuple(jnp.where(cut, 0.0, x) for x in before)
-                after = cell.step(before, tuple(g[j] for g in gates), rows_of_weights)
+                gates = tuple(_row(buffer, j) for buffer in gate_buffers)
+                after = cell.step(before, gates, weights)
                 if time % tiles.rows:  # rows after the end must not move the final state
                     inside = first + i * tiles.rows + j < time
                     after = tuple(
                         jnp.where(inside, x, y) for x, y in zip(after, state, strict=True)
                     )
                 state = after
-                out.append(state)
-            for ref, x in zip(states_refs, zip(*out, strict=True), strict=True):
-                ref[:, rows] = tiles.unfold(jnp.stack(x)).astype(ref.dtype)
+                for buffer, x in zip(out_buffers, state, strict=True):
+                    _put(buffer, j, x)
+            for buffer, ref in zip(out_buffers, states_refs, strict=True):
+                _gather(buffer, ref.at[:, rows], tiles)
             return state
 
-        state = tuple(tiles.fold(ref[...][:, None])[0] for ref in final_refs)
-        state = lax.fori_loop(0, _chunks(first, time, tiles), chunk, state)
+        state = tuple(tiles.fold(ref[...]) for ref in final_refs)
+        state = lax.fori_loop(0, tiles.blocks(first, time), block, state)
         for ref, x in zip(final_refs, state, strict=True):
-            ref[...] = tiles.unfold(x[None])[:, 0]
+            ref[...] = tiles.unfold(x)
 
-    b, d, t = tiles.batch, tiles.channels, tiles.time
-    row = pl.BlockSpec((b, d), lambda i, j, k: (i, j))
-    block = pl.BlockSpec((b, t, d), lambda i, j, k: (i, k, j))
-    states = jax.ShapeDtypeStruct((batch, time, width), u.dtype)
-    final = jax.ShapeDtypeStruct((batch, width), jnp.float32)
+    order = lambda k: k
+    row, states = tiles.row_spec, tiles.time_spec(order)
     out = pl.pallas_call(
         body,
-        out_shape=[states] * n + [final] * n,
+        out_shape=[jax.ShapeDtypeStruct((batch, time, width), u.dtype)] * n
+        + [jax.ShapeDtypeStruct((batch, width), jnp.float32)] * n,
         grid=tiles.grid,
         in_specs=[
-            pl.BlockSpec((b, 3, t, d), lambda i, j, k: (i, 0, k, j)),
-            pl.BlockSpec((cell.weights, d), lambda i, j, k: (0, j)),
+            tiles.gates_spec(order),
+            tiles.weights_spec(cell),
             *[row] * n,
-            *[_bits_spec(tiles, lambda k: k) for _ in resets],
+            *[tiles.words_spec(order) for _ in resets],
         ],
-        out_specs=[block] * n + [row] * n,
+        out_specs=[states] * n + [row] * n,
+        scratch_shapes=[tiles.buffer()] * 3 + [tiles.out_buffer()] * n,
         compiler_params=_PARAMS,
         interpret=interpret or False,
         name=f"{cell.name}_forward",
@@ -191,18 +151,22 @@ def adjoint(
     of `dweights` stay in a tile of their own, one for each program.
     """
     batch, time, _, width = u.shape
-    n = cell.states
+    cell, n = _fast(cell), cell.states
     given = [x.astype(u.dtype) for x in cotangents if x is not None]
-    tiles = _tiles(u, 6 + n + len(given), _CHAINS)
-    resets = () if reset is None else (_reset_bits(reset, tiles),)
+    tiles = _tiles(u, 6 + n + len(given), _BACKWARD)
+    resets = () if reset is None else (_reset_words(reset, tiles),)
     count = tiles.grid[2]
 
     def body(*refs):
-        u_ref, weights_ref, *refs = refs
-        initial_refs, end_refs, states_refs, border_refs = (refs[k * n : k * n + n] for k in range(4))
-        given_refs, refs = refs[4 * n : 4 * n + len(given)], refs[4 * n + len(given) :]
-        bits_ref, refs = (refs[0], refs[1:]) if resets else (None, refs)
-        du_ref, dweights_ref, *carry_refs = refs
+        refs = list(refs)
+        take = lambda k: [refs.pop(0) for _ in range(k)]
+        u_ref, weights_ref = take(2)
+        initial_refs, end_refs, states_refs, border_refs = take(n), take(n), take(n), take(n)
+        given_refs, words_refs = take(len(given)), take(len(resets))
+        du_ref, dweights_ref = take(2)
+        carry_refs = take(n)
+        gate_buffers, states_buffers, given_buffers = take(3), take(n), take(len(given))
+        du_buffers = take(3)
         tile = count - 1 - pl.program_id(2)
         first = tile * tiles.time
 
@@ -212,95 +176,91 @@ def adjoint(
             for ref, end in zip(carry_refs, end_refs, strict=True):
                 ref[...] = end[...]
 
-        rows_of_weights = _weights(weights_ref, tiles)
+        weights = _weights(weights_ref, tiles)
+        blocks = tiles.blocks(first, time)
 
-        def load(ref, rows):
-            return tiles.fold(ref[:, rows].astype(jnp.float32))
-
-        def chunk(step, carry):
-            i = chunks - 1 - step
-            rows = pl.ds(pl.multiple_of(i * tiles.rows, tiles.rows), tiles.rows)
-            earlier = pl.multiple_of(jnp.maximum(i - 1, 0) * tiles.rows, tiles.rows)
-            gates = [load(u_ref.at[:, k], rows) for k in range(3)]
-            after = [load(ref, rows) for ref in states_refs]
-            received = iter([load(ref, rows) for ref in given_refs])
-            received = [None if x is None else next(received) for x in cotangents]
-            # The state before the first row is the last of the rows before, which may lie in the
-            # tile before, or be the initial state.
-            start = []
-            for ref, border, start_ref in zip(states_refs, border_refs, initial_refs, strict=True):
-                inner = ref[:, pl.ds(earlier, tiles.rows)][:, -1:]
-                x = jnp.where(i > 0, inner, border[:, -1:]).astype(jnp.float32)
-                x = jnp.where((i > 0) | (tile > 0), x, start_ref[...][:, None])
-                start.append(tiles.fold(x)[0])
-            totals = [jnp.zeros_like(x) for x in rows_of_weights]
-            du = []
+        def block(step, carry):
+            i = blocks - 1 - step
+            rows = tiles.block(i)
+            for k, buffer in enumerate(gate_buffers):
+                _spread(u_ref.at[:, k, rows], buffer, tiles)
+            for ref, buffer in zip(given_refs, given_buffers, strict=True):
+                _spread(ref.at[:, rows], buffer, tiles)
+            for refs in zip(states_refs, border_refs, initial_refs, states_buffers, strict=True):
+                ref, border, start, buffer = refs
+                _spread(ref.at[:, rows], buffer, tiles, offset=1)
+                earlier = ref.at[:, tiles.block(jnp.maximum(i - 1, 0))]
+                _spread_before(i, tile, earlier, border, start, buffer, tiles)
+            words = [_words(ref, i, tiles) for ref in words_refs]
+            sums = [jnp.zeros_like(x) for x in weights]
+            behind = tuple(_row(b, tiles.rows + _SUBLANES - 1) for b in states_buffers)
             for j in reversed(range(tiles.rows)):
-                before = tuple(x[j - 1] for x in after) if j else tuple(start)
-                if bits_ref is not None:
-                    cut = _bit(bits_ref[i], j, tiles)
+                gates = tuple(_row(buffer, j) for buffer in gate_buffers)
+                after, behind = behind, tuple(_row(b, j + _SUBLANES - 1) for b in states_buffers)
+                before = behind
+                for word in words:
+                    cut = (word & (1 << j)) != 0
                     before = tuple(jnp.where(cut, 0.0, x) for x in before)
-                gate = tuple(g[j] for g in gates)
-                jacobian, local = cell.local_gradients(before, gate, rows_of_weights)
+                received = (_row(buffer, j) for buffer in given_buffers)
                 total = tuple(
-                    c if r is None else c + r[j] for c, r in zip(carry, received, strict=True)
+                    c if x is None else c + next(received)
+                    for c, x in zip(carry, cotangents, strict=True)
                 )
+                jacobian, local = cell.local_gradients(before, gates, weights)
                 sent = apply(transposed(jacobian), total)
-                row = apply(transposed(local), total)
-                here = tuple(x[j] for x in after)
-                grads = cell.weight_gradients(before, here, gate, rows_of_weights, row)
-                if bits_ref is not None:
+                for _ in words:
                     sent = tuple(jnp.where(cut, 0.0, x) for x in sent)
+                du = apply(transposed(local), total)
+                grads = cell.weight_gradients(before, after, gates, weights, du)
                 if time % tiles.rows:  # rows after the end give nothing and pass the carry on
                     inside = first + i * tiles.rows + j < time
                     sent = tuple(jnp.where(inside, x, y) for x, y in zip(sent, carry, strict=True))
                     grads = tuple(jnp.where(inside, x, 0.0) for x in grads)
-                totals = [x + g for x, g in zip(totals, grads, strict=True)]
+                sums = [x + g for x, g in zip(sums, grads, strict=True)]
                 carry = sent
-                du.append(row)
-            for k, x in enumerate(zip(*reversed(du), strict=True)):
-                du_ref[:, k, rows] = tiles.unfold(jnp.stack(x)).astype(du_ref.dtype)
-            for k, x in enumerate(totals):
+                for buffer, x in zip(du_buffers, du, strict=True):
+                    _put(buffer, j, x)
+            for k, buffer in enumerate(du_buffers):
+                _gather(buffer, du_ref.at[:, k, rows], tiles)
+            for k, x in enumerate(sums):
                 dweights_ref[k] += x
             return carry
 
-        chunks = _chunks(first, time, tiles)
-        carry = tuple(tiles.fold(ref[...][:, None])[0] for ref in carry_refs)
-        carry = lax.fori_loop(0, chunks, chunk, carry)
+        carry = tuple(tiles.fold(ref[...]) for ref in carry_refs)
+        carry = lax.fori_loop(0, blocks, block, carry)
         for ref, x in zip(carry_refs, carry, strict=True):
-            ref[...] = tiles.unfold(x[None])[:, 0]
+            ref[...] = tiles.unfold(x)
 
-    b, d, t = tiles.batch, tiles.channels, tiles.time
-    row = pl.BlockSpec((b, d), lambda i, j, k: (i, j))
-    block = pl.BlockSpec((b, t, d), lambda i, j, k: (i, count - 1 - k, j))
-    steps = t // tiles.rows
-    border = pl.BlockSpec(
-        (b, tiles.rows, d), lambda i, j, k: (i, jnp.maximum((count - 1 - k) * steps - 1, 0), j)
-    )
-    gates = pl.BlockSpec((b, 3, t, d), lambda i, j, k: (i, 0, count - 1 - k, j))
-    sums = (cell.weights, tiles.sublanes, tiles.width)
-    final = jax.ShapeDtypeStruct((batch, width), jnp.float32)
+    order = lambda k: count - 1 - k
+    row, gates, series = tiles.row_spec, tiles.gates_spec(order), tiles.time_spec(order)
+    sums = (cell.weights, *tiles.state)
     du, dweights, *dinitial = pl.pallas_call(
         body,
         out_shape=[
             jax.ShapeDtypeStruct((batch, 3, time, width), u.dtype),
             jax.ShapeDtypeStruct((*tiles.grid[:2], *sums), jnp.float32),
-            *[final] * n,
+            *[jax.ShapeDtypeStruct((batch, width), jnp.float32)] * n,
         ],
         grid=tiles.grid,
         in_specs=[
             gates,
-            pl.BlockSpec((cell.weights, d), lambda i, j, k: (0, j)),
+            tiles.weights_spec(cell),
             *[row] * (2 * n),
-            *[block] * n,
-            *[border] * n,
-            *[block] * len(given),
-            *[_bits_spec(tiles, lambda k: count - 1 - k) for _ in resets],
+            *[series] * n,
+            *[tiles.border_spec(order)] * n,
+            *[series] * len(given),
+            *[tiles.words_spec(order) for _ in resets],
         ],
         out_specs=[
             gates,
             pl.BlockSpec((None, None, *sums), lambda i, j, k: (i, j, 0, 0, 0)),
             *[row] * n,
+        ],
+        scratch_shapes=[
+            *[tiles.buffer()] * 3,
+            *[tiles.buffer(extra=1)] * n,
+            *[tiles.buffer()] * len(given),
+            *[tiles.out_buffer()] * 3,
         ],
         compiler_params=_PARAMS,
         interpret=interpret or False,
@@ -315,48 +275,177 @@ def adjoint(
         *given,
         *resets,
     )
+    parts = dweights.reshape(*tiles.grid[:2], -1, tiles.columns, tiles.batch, _LANES)
+    dweights = parts.transpose(0, 4, 2, 1, 3, 5).reshape(
+        parts.shape[0] * tiles.batch, cell.weights, -1
+    )
     # Rows beyond the batch hold anything: they are cut off before the sum.
-    dweights = dweights.reshape(*tiles.grid[:2], -1, tiles.batch, tiles.groups, tiles.width)
-    dweights = dweights.transpose(0, 3, 2, 1, 4, 5).reshape(-1, cell.weights, tiles.grid[1] * d)
     dweights = jnp.sum(dweights[:batch, :, :width], axis=0)
     return jnp.swapaxes(du, 1, 2), dweights, tuple(dinitial)
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """By tanh, which the chip has, and half its error; a division takes a dozen instructions."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def _fast(cell: Cell) -> Cell:
+    return type(cell)(sigmoid=_sigmoid)
+
+
+class _Tiles(NamedTuple):
+    """How the arrays are cut: a tile is `batch` rows, `time` steps, `columns` times 128 channels.
+
+    A state of a tile is an array `[columns * batch, 128]`, whatever the two are: that fills the
+    sublanes of registers.
+    """
+
+    batch: int
+    columns: int
+    time: int
+    rows: int  # steps between two turns
+    grid: tuple[int, int, int]
+
+    @property
+    def state(self) -> tuple[int, int]:
+        return self.columns * self.batch, _LANES
+
+    @property
+    def registers(self) -> int:
+        return pl.cdiv(self.columns * self.batch, _SUBLANES)
+
+    def fold(self, x: jax.Array) -> jax.Array:
+        """`[batch, columns * 128] -> [columns * batch, 128]`."""
+        return jnp.concatenate([x[:, lanes] for lanes in self.lanes()], axis=0)
+
+    def unfold(self, x: jax.Array) -> jax.Array:
+        parts = [x[c * self.batch : (c + 1) * self.batch] for c in range(self.columns)]
+        return jnp.concatenate(parts, axis=1)
+
+    def lanes(self) -> list[slice]:
+        return [slice(c * _LANES, (c + 1) * _LANES) for c in range(self.columns)]
+
+    def block(self, i):
+        """The rows of block i of a tile."""
+        return pl.ds(pl.multiple_of(i * self.rows, self.rows), self.rows)
+
+    def blocks(self, first, time: int):
+        """Blocks with rows before `time`, in a tile whose first row is `first`."""
+        full = self.time // self.rows
+        return (
+            full if time % self.time == 0 else jnp.minimum(full, pl.cdiv(time - first, self.rows))
+        )
+
+    def buffer(self, extra: int = 0):
+        """Of `_spread`: eights of rows, columns, batch rows, 8 rows of time."""
+        eights = self.rows // _SUBLANES + extra
+        return pltpu.VMEM((eights, self.state[0] * _SUBLANES, _LANES), jnp.float32)
+
+    def out_buffer(self):
+        """Of `_put`: registers, rows of time, 8 sublanes."""
+        return pltpu.VMEM((self.registers, self.rows * _SUBLANES, _LANES), jnp.float32)
+
+    @property
+    def row_spec(self) -> pl.BlockSpec:
+        return pl.BlockSpec((self.batch, self.columns * _LANES), lambda i, j, k: (i, j))
+
+    def weights_spec(self, cell: Cell) -> pl.BlockSpec:
+        return pl.BlockSpec((cell.weights, self.columns * _LANES), lambda i, j, k: (0, j))
+
+    def time_spec(self, order) -> pl.BlockSpec:
+        shape = (self.batch, self.time, self.columns * _LANES)
+        return pl.BlockSpec(shape, lambda i, j, k: (i, order(k), j))
+
+    def gates_spec(self, order) -> pl.BlockSpec:
+        shape = (self.batch, 3, self.time, self.columns * _LANES)
+        return pl.BlockSpec(shape, lambda i, j, k: (i, 0, order(k), j))
+
+    def border_spec(self, order) -> pl.BlockSpec:
+        """The last rows of the tile before."""
+        shape, blocks = (self.batch, self.rows, self.columns * _LANES), self.time // self.rows
+        return pl.BlockSpec(shape, lambda i, j, k: (i, jnp.maximum(order(k) * blocks - 1, 0), j))
+
+    def words_spec(self, order) -> pl.BlockSpec:
+        shape = (self.time // self.rows, self.batch, _LANES)
+        return pl.BlockSpec(shape, lambda i, j, k: (order(k), i, 0))
+
+
+def _tiles(u: jax.Array, arrays: int, registers: int) -> _Tiles:
+    """For `u [B,T,3,D]`: tiles of `arrays` arrays of the size of the states, whose rows fill about
+    `registers` registers each.
+    """
+    batch, time, _, width = u.shape
+    itemsize = jnp.dtype(u.dtype).itemsize
+    b = min(batch, _SUBLANES)
+    columns = min(registers * _SUBLANES // b, pl.cdiv(width, _LANES))
+    rows = _SUBLANES * 4 // itemsize  # as many as a tile of memory holds
+    fit = _VMEM // (2 * arrays * b * columns * _LANES * itemsize * rows)
+    t = rows * max(1, min(fit, pl.cdiv(time, rows)))
+    grid = (pl.cdiv(batch, b), pl.cdiv(width, columns * _LANES), pl.cdiv(time, t))
+    return _Tiles(b, columns, t, rows, grid)
+
+
+def _spread(block, buffer, tiles: _Tiles, offset: int = 0) -> None:
+    """Copies `[batch, rows, channels]` to where `_row` finds it, after `offset` times 8 rows."""
+    size = tiles.batch * _SUBLANES
+    for c, lanes in enumerate(tiles.lanes()):
+        x = block[:, :, lanes].astype(jnp.float32)
+        for i in range(tiles.rows // _SUBLANES):
+            part = x[:, i * _SUBLANES : (i + 1) * _SUBLANES].reshape(size, _LANES)
+            buffer[offset + i, c * size : (c + 1) * size] = part
+
+
+def _spread_before(i, tile, earlier, border, start, buffer, tiles: _Tiles) -> None:
+    """Puts the state before block i of a tile at row 7 of the buffer.
+
+    It is the last of the rows `earlier` in the tile, of those at the `border` to the tile before,
+    or `start`.
+    """
+    size = tiles.batch * _SUBLANES
+    for c, lanes in enumerate(tiles.lanes()):
+        x = jnp.where(i > 0, earlier[:, :, lanes], border[:, :, lanes]).astype(jnp.float32)
+        x = jnp.where((i > 0) | (tile > 0), x[:, -_SUBLANES:], start[:, lanes][:, None])
+        buffer[0, c * size : (c + 1) * size] = x.reshape(size, _LANES)
+
+
+def _row(buffer, j: int) -> jax.Array:
+    """Row j as a state."""
+    count = buffer.shape[1] // _SUBLANES
+    return buffer.at[j // _SUBLANES][pl.ds(j % _SUBLANES, count, stride=_SUBLANES)]
+
+
+def _put(buffer, j: int, x: jax.Array) -> None:
+    """Row j, a state, to where `_gather` finds it."""
+    for i in range(buffer.shape[0]):
+        part = x[i * _SUBLANES : (i + 1) * _SUBLANES]
+        buffer[i, j * _SUBLANES : j * _SUBLANES + part.shape[0]] = part
+
+
+def _gather(buffer, block, tiles: _Tiles) -> None:
+    """Copies what `_put` left to `[batch, rows, channels]`."""
+    for r in range(tiles.state[0]):
+        x = buffer.at[r // _SUBLANES][pl.ds(r % _SUBLANES, tiles.rows, stride=_SUBLANES)]
+        block[r % tiles.batch, :, tiles.lanes()[r // tiles.batch]] = x.astype(block.dtype)
 
 
 def _weights(ref, tiles: _Tiles) -> Arrays:
-    """The rows of the state matrix, one copy for every batch row."""
-    rows = tiles.fold(jnp.broadcast_to(ref[...], (tiles.batch, *ref.shape)))
-    return tuple(rows[k] for k in range(ref.shape[0]))
+    """Rows of the weights as states: the same for every batch row."""
+    shape = (tiles.batch, ref.shape[1])
+    return tuple(tiles.fold(jnp.broadcast_to(ref[k : k + 1], shape)) for k in range(ref.shape[0]))
 
 
-def _chunks(first, time: int, tiles: _Tiles):
-    """Steps of the loop over a tile that begins at row `first`."""
-    full = tiles.time // tiles.rows
-    if time % tiles.time == 0:
-        return full
-    return jnp.minimum(full, pl.cdiv(time - first, tiles.rows))
+def _reset_words(reset: jax.Array, tiles: _Tiles) -> jax.Array:
+    """`[B,T] bool -> [T / rows, B, 128] int32`: bit j of a word is the reset at row j.
 
-
-def _reset_bits(reset: jax.Array, tiles: _Tiles) -> jax.Array:
-    """`[B,T] bool -> [T / rows, B * groups, 128] int32`: bit j of a word is the reset at row j.
-
-    A word for every lane costs 4 / rows of a state of 128 channels, and the kernel no shuffle.
+    Words fill the lanes, so that the kernel need not: 4 / rows of the bytes of 128 channels.
     """
     batch, time = reset.shape
     reset = jnp.pad(reset, ((0, 0), (0, -time % tiles.rows)))
     bits = reset.reshape(batch, -1, tiles.rows).astype(jnp.int32) << jnp.arange(tiles.rows)
-    words = jnp.repeat(jnp.sum(bits, axis=-1).T, tiles.groups, axis=1)
+    words = jnp.sum(bits, axis=-1).T
     return jnp.broadcast_to(words[..., None], (*words.shape, _LANES))
 
 
-def _bits_spec(tiles: _Tiles, order) -> pl.BlockSpec:
-    shape = (tiles.time // tiles.rows, tiles.sublanes, _LANES)
-    return pl.BlockSpec(shape, lambda i, j, k: (order(k), i, 0))
-
-
-def _bit(words: jax.Array, j: int, tiles: _Tiles) -> jax.Array:
-    """Bit j of `words [sublanes, 128]` as bool `[sublanes, width]`."""
-    bit = (words & (1 << j)) != 0
-    return jnp.concatenate([bit] * (tiles.width // _LANES), axis=1)
+def _words(ref, i, tiles: _Tiles) -> jax.Array:
+    """The words of block i as a state: the same for every column."""
+    return jnp.concatenate([ref[i]] * tiles.columns, axis=0)

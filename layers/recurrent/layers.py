@@ -83,9 +83,7 @@ class _Recurrent(nnx.Module):
         zeros = tuple(jnp.zeros((batch, self.width)) for _ in range(self.cell.states))
         return zeros if self.cell.states > 1 else zeros[0]
 
-    def step(
-        self, x: jax.Array, state: jax.Array | Arrays
-    ) -> tuple[jax.Array, jax.Array | Arrays]:
+    def step(self, x: jax.Array, state: jax.Array | Arrays) -> tuple[jax.Array, jax.Array | Arrays]:
         """One step, for decoding: `x [B, Din]` and the state to `y [B, D]` and the next state."""
         many = self.cell.states > 1
         u = self.project(x).astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -125,9 +123,7 @@ class ParaGRU(_Recurrent):
     ) -> tuple[jax.Array, jax.Array]:
         """`(y [B, T, D] in x's dtype, final state [B, D] float32)`; see `recurrent.gru`."""
         (a,) = self._weights()
-        return gru(
-            self.project(x), a, state, reset=reset, lengths=lengths, method=self.method
-        )
+        return gru(self.project(x), a, state, reset=reset, lengths=lengths, method=self.method)
 
 
 class ParaLSTM(_Recurrent):

@@ -78,7 +78,9 @@ def adjoint(
         jnp.zeros_like(x) if g is None else g.astype(x.dtype)
         for x, g in zip(out, cotangents, strict=True)
     )
-    return pull((full, tuple(g.astype(x.dtype) for g, x in zip(final_cotangents, final, strict=True))))
+    return pull(
+        (full, tuple(g.astype(x.dtype) for g, x in zip(final_cotangents, final, strict=True)))
+    )
 
 
 def _step(cell: Cell, weights: Arrays, dtype, state: Arrays, x) -> tuple[Arrays, Arrays]:

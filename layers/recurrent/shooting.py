@@ -7,6 +7,9 @@ nothing is left to a number of iterations; one that forgets its past needs two (
 shooting; ParaRNN, arXiv 2510.21450, has one step a segment).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +26,21 @@ _STEPS = 64
 _BURN_IN = 16
 
 adjoint = newton.adjoint
+
+
+class Pass(NamedTuple):
+    """What running all segments once gives; S segments.
+
+    Attributes:
+      states: of all times, in the caller's layout.
+      ends, entries: states after and before each segment, arrays `[S, B, D]`.
+      products: d(end) / d(entry), a block of arrays `[S, B, D]`.
+    """
+
+    states: Arrays
+    ends: Arrays
+    entries: Arrays
+    products: Block
 
 
 def solve_with_info(
@@ -49,7 +67,6 @@ def solve_with_info(
     length = -(-time // count)
     count = -(-time // length)
     tolerance = TOLERANCE if tolerance is None else tolerance
-    most = count if max_iterations is None else max_iterations
     dtype = initial[0].dtype
 
     def cut(x: jax.Array) -> jax.Array:
@@ -62,8 +79,8 @@ def solve_with_info(
     inside = (jnp.arange(count) * length + jnp.arange(length)[:, None] < time)[..., None, None]
     lines = tuple(weights.astype(dtype))
 
-    def march(entries: Arrays, first: int) -> tuple[Arrays, Arrays, Block]:
-        """Runs every segment from step `first` on: states, ends, and d(end) / d(entry)."""
+    def march(entries: Arrays, first: int = 0) -> Pass:
+        """Runs every segment from its step `first` on."""
 
         def step(carry, x):
             old, before = carry
@@ -71,36 +88,22 @@ def solve_with_info(
             held = old, before
             if keep is not None:
                 old, before = jax.tree.map(lambda a: jnp.where(keep, a, 0), (old, before))
-            state, jacobian = cell.linearize(old, tuple(jnp.moveaxis(row, -2, 0).astype(dtype)), lines)
+            state, jacobian = cell.linearize(
+                old, tuple(jnp.moveaxis(row, -2, 0).astype(dtype)), lines
+            )
             new = state, compose(jacobian, before)
             new = jax.tree.map(lambda a, b: jnp.where(inside, a, b), new, held)
             return new, tuple(x.astype(u.dtype) for x in new[0])
 
         xs = jax.tree.map(lambda x: x[first:], (rows, keep, inside))
         (ends, products), states = lax.scan(step, (entries, identity(entries)), xs)
-        return states, ends, products
-
-    def enter(ends: Arrays) -> Arrays:
-        """What the entries are if these are the ends."""
-        return affine.shifted(initial, ends, 0)
-
-    def body(carry):
-        _, entries, _, _, k = carry
-        states, ends, products = march(entries, 0)
-        targets = enter(ends)
-        gap = disagreement(targets, entries)
-        return states, corrected(entries, targets, products, initial), ends, gap, k + 1
-
-    def go_on(carry):
-        *_, gap, k = carry
-        return (gap > tolerance) & (k < most)
+        return Pass(states, ends, entries, products)
 
     zeros = tuple(jnp.zeros((count, batch, width), dtype) for _ in initial)
-    guess = enter(march(zeros, max(0, length - _BURN_IN))[1])
-    blank = tuple(jnp.zeros((length, count, batch, width), u.dtype) for _ in initial)
-    gap = jnp.full((), jnp.inf, dtype)
-    states, _, ends, gap, passes = lax.while_loop(
-        go_on, body, (blank, guess, guess, gap, jnp.zeros((), jnp.int32))
+    ends = march(zeros, max(0, length - _BURN_IN))[1]
+    passed = march(affine.shifted(initial, ends, 0))
+    (states, ends, *_), passes, gap = shoot(
+        passed, march, initial, tolerance=tolerance, max_passes=max_iterations
     )
     flat = tuple(jnp.moveaxis(x, (2, 1, 0), (0, 1, 2)).reshape(batch, -1, width) for x in states)
     states = tuple(x[:, :time] for x in flat)
@@ -110,7 +113,47 @@ def solve_with_info(
     return states, tuple(x[-1] for x in ends), info
 
 
-def disagreement(ends: Arrays, entries: Arrays) -> jax.Array:
+def shoot(
+    passed: Pass,
+    march: Callable[[Arrays], Pass],
+    initial: Arrays,
+    *,
+    tolerance: float = TOLERANCE,
+    max_passes: int | None = None,
+) -> tuple[Pass, jax.Array, jax.Array]:
+    """Passes over the segments until each enters where the one before it ended.
+
+    Args:
+      passed: the first pass, from guessed entries.
+      march: a pass from given entries.
+      initial: the entry of the first segment.
+      tolerance: of the difference between an entry and the end before it.
+      max_passes: None is the number of segments, after which every entry is exact, by causality.
+
+    Returns:
+      The last pass, the number of passes, and the largest difference left.
+    """
+    segments = passed.ends[0].shape[0]
+    if segments == 1:
+        return passed, jnp.ones((), jnp.int32), jnp.zeros(())
+    most = segments if max_passes is None else max_passes
+
+    def gap(passed: Pass) -> jax.Array:
+        return _disagreement(affine.shifted(initial, passed.ends, 0), passed.entries)
+
+    def go_on(carry):
+        _, passes, gap = carry
+        return (gap > tolerance) & (passes < most)
+
+    def body(carry):
+        passed, passes, _ = carry
+        passed = march(_corrected(passed, initial))
+        return passed, passes + 1, gap(passed)
+
+    return lax.while_loop(go_on, body, (passed, jnp.ones((), jnp.int32), gap(passed)))
+
+
+def _disagreement(ends: Arrays, entries: Arrays) -> jax.Array:
     """Largest difference between an entry and the end that it should be. Two that are not numbers
     agree: a pre-activation that is not one spoils all that follow, here as step by step."""
     gaps = [
@@ -121,20 +164,14 @@ def disagreement(ends: Arrays, entries: Arrays) -> jax.Array:
     return jnp.nan_to_num(jnp.max(jnp.stack(gaps)), nan=jnp.inf, posinf=jnp.inf)
 
 
-def corrected(entries: Arrays, targets: Arrays, products: Block, initial: Arrays) -> Arrays:
-    """Newton's method on the entries, arrays `[S, B, D]`.
-
-    Args:
-      targets: the ends before each entry, and the initial state.
-      products: d(end) / d(entry) of each segment.
-    """
-    residual = tuple(t - e for t, e in zip(targets, entries, strict=True))
+def _corrected(passed: Pass, initial: Arrays) -> Arrays:
+    """Newton's method on the entries."""
+    targets = affine.shifted(initial, passed.ends, 0)
+    residual = tuple(t - e for t, e in zip(targets, passed.entries, strict=True))
     # The entry of a segment moves by what the segment before it makes of its own entry's move.
-    arriving = jax.tree.map(lambda p: jnp.roll(p, 1, 0), products)
+    arriving = jax.tree.map(lambda p: jnp.roll(p, 1, 0), passed.products)
     moves = affine.solve(arriving, residual, 0)
     bound = newton.state_bound(initial)
-    new = tuple(jnp.clip(e + m, -bound, bound) for e, m in zip(entries, moves, strict=True))
+    new = (jnp.clip(e + m, -bound, bound) for e, m in zip(passed.entries, moves, strict=True))
     # Where a product overflowed, the end itself: entries still become exact one after the other.
-    return tuple(
-        jnp.where(jnp.isfinite(x), x, t) for x, t in zip(new, targets, strict=True)
-    )
+    return tuple(jnp.where(jnp.isfinite(x), x, t) for x, t in zip(new, targets, strict=True))

@@ -19,6 +19,10 @@ OPTIONS: dict[str, str] = {
         "--batch --cores --corpus --data-dir --hardware --length --packing --report --seconds "
         "--threads --vocab-size --windows --workers"
     ),
+    "scripts/bench_recurrent.py": (
+        "--cells --dtypes --layers --lengths --methods --quick --report --rival --scan --seconds "
+        "--shapes"
+    ),
     "scripts/bench_train.py": "--attention --case --preset --report --steps",
     "scripts/compare_streams.py": "--control --note --out --recipe --report --set --streams",
     "scripts/convert.py": "",

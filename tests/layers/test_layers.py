@@ -175,7 +175,7 @@ def test_linen_faces_compute_the_same_and_name_their_axes():
 
 def test_every_layer_class_has_a_linen_face():
     with_parameters = {"Stack"}  # takes blocks, has no parameters of its own
-    for module in (layers, layers.parscale):
+    for module in (layers, layers.parscale, layers.recurrent):
         for name in module.__all__:
             member = getattr(module, name)
             if isinstance(member, type) and issubclass(member, nnx.Module):

@@ -1,6 +1,7 @@
 """Prefill, then one token a step: `generate` for lists, `stream` for a terminal."""
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hackle.layers.cache import KeyValueCache
-from hackle.layers.causal_decoder import CausalDecoder
+from hackle.layers.language_model import LanguageModel
 from hackle.zoo.errors import UserError
 from hackle.zoo.generate.sampling import Sampling, row_keys, sample
 
@@ -18,7 +18,7 @@ _ROUND = 32
 
 
 def generate(
-    model: CausalDecoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -32,7 +32,7 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens; greedy unless told otherwise.
 
     Args:
-      model: any `CausalDecoder`, e.g. from `zoo.create` or `zoo.from_pretrained`.
+      model: any `LanguageModel`, e.g. from `zoo.create` or `zoo.from_pretrained`.
       prompts: token ids, one list a prompt; lengths may differ.
       max_new_tokens: at most this many new tokens a prompt.
       temperature, top_k, top_p, min_p: see `Sampling`.
@@ -44,7 +44,7 @@ def generate(
 
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, more tokens than the model's
-        rotary range, or a sampling value out of range.
+        rotary range (a recurrence has none), or a sampling value out of range.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for step in stream(
@@ -62,7 +62,7 @@ def generate(
 
 
 def stream(
-    model: CausalDecoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -109,7 +109,7 @@ def _prefill(graph, capacity, sampling, state, tokens, positions, keys):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5,))
-def _step(graph, sampling, state, token, position, cache: KeyValueCache, keys, step):
+def _step(graph, sampling, state, token, position, cache, keys, step):
     model = nnx.merge(graph, state)
     features, cache = model.extend(token[:, None], cache, positions=position[:, None])
     return _next(model, features, keys, step, sampling), cache
@@ -150,7 +150,7 @@ def _check(model, prompts, max_new_tokens) -> None:
                     f"prompt {row} has token {token} at index {index}; "
                     f"the vocabulary is 0..{config.vocab_size - 1}"
                 )
-        if len(prompt) + max_new_tokens > config.max_length:
+        if len(prompt) + max_new_tokens > getattr(config, "max_length", math.inf):
             raise UserError(
                 f"prompt {row} of {len(prompt)} tokens and {max_new_tokens} new ones exceed "
                 f"the model's rotary range of {config.max_length} tokens"

@@ -25,7 +25,7 @@ from hackle.zoo.train.recipe import FREE_ON_RESUME
 from hackle.zoo.train.step import TrainState
 
 FORMAT_VERSION = 1
-_MODEL_FREE = frozenset({"remat", "attention"})
+_MODEL_FREE = frozenset(registry.EXECUTION)
 
 
 class RunFolder:

@@ -11,8 +11,9 @@ def forward_flops_per_token(config: Any, length: int) -> dict[str, float]:
     """FLOPs of the forward pass for one token of a row of `length` tokens, by part of the model.
 
     A matrix product of `[1, m] x [m, n]` is 2mn. Counted: projections, MLPs, attention scores and
-    sums, aggregator, head. Not counted: embedding look-up, norms, rotary, softmax, and what is
-    recomputed in the backward pass (model FLOPs, not hardware FLOPs).
+    sums, aggregator, head. Not counted: embedding look-up, norms, rotary, softmax, convolutions,
+    recurrences (without their projections), and what is recomputed in the backward pass (model
+    FLOPs, not hardware FLOPs).
 
     The causal mask is counted: token i sees i+1 tokens, `(length + 1) / 2` on average, not
     `length`. Borders between packed documents are not, so with packing this is an upper bound.
@@ -20,20 +21,27 @@ def forward_flops_per_token(config: Any, length: int) -> dict[str, float]:
     sees T prefix rows; the aggregator and the head are counted once.
 
     Args:
-      config: `DenseConfig` or `ParScaleConfig`, or anything with their fields.
+      config: `DenseConfig`, `ParScaleConfig` or `ParaRNNConfig`, or anything with the fields of
+        one.
 
     Returns:
       "trunk", "attention", "aggregator" and "head".
     """
-    d, e = config.width, config.head_width
+    d = config.width
     streams = getattr(config, "streams", 1)
-    prefix = getattr(config, "prefix_length", 0) if streams > 1 else 0
-    projections = d * e * (2 * config.heads + 2 * config.kv_heads)
+    if hasattr(config, "cell"):
+        # In, gate and out, and three gates whose matrices have a block per head.
+        projections = 3 * d * d + 3 * d * d // config.heads
+        attention = 0.0
+    else:
+        prefix = getattr(config, "prefix_length", 0) if streams > 1 else 0
+        e, seen = config.head_width, (length + 1) / 2 + prefix
+        projections = d * e * (2 * config.heads + 2 * config.kv_heads)
+        attention = 2 * config.heads * e * seen
     block = projections + 3 * d * config.mlp_width
-    seen = (length + 1) / 2 + prefix
     return {
         "trunk": 2.0 * streams * config.depth * block,
-        "attention": 2.0 * streams * config.depth * 2 * config.heads * e * seen,
+        "attention": 2.0 * streams * config.depth * attention,
         "aggregator": 2.0 * (streams * d * d + 2 * d * streams) if streams > 1 else 0.0,
         "head": 2.0 * d * config.vocab_size,
     }

@@ -23,8 +23,6 @@ from hackle.zoo.train.recipe import REQUIRED, Recipe
 from hackle.zoo.train.source import RANDOM, check_packing, fields
 from hackle.zoo.train.step import Program
 
-EXECUTION_FIELDS = ("remat", "attention")
-
 
 @contextlib.contextmanager
 def user_errors(before: str = "") -> Iterator[None]:
@@ -67,11 +65,16 @@ class Plan:
                 registry.FAMILIES[entry.family].params.write_config(self.config)
             except UserError as error:
                 raise UserError(f"{error}; set export=false to train it all the same") from None
-        limit = self.config.max_length
+        # A recurrence has no range of positions.
+        limit = getattr(self.config, "max_length", math.inf)
         if recipe.length > limit:
             raise UserError(
                 f"length={recipe.length} exceeds the rotary range of {recipe.model}; "
                 f"expected at most model.max_length={limit}"
+            )
+        if recipe.state_clip is not None and not hasattr(self.config, "recurrence"):
+            raise UserError(
+                f"state_clip={recipe.state_clip}: {recipe.model} has no recurrence; expected none"
             )
         self.trunk = None if recipe.start_from is None else Trunk(recipe, self.config)
         sources = () if self.trunk is None else (self.trunk.abstract,)
@@ -96,11 +99,14 @@ class Plan:
                 raise
             except ValueError as error:  # the model refuses its config
                 raise UserError(f"{recipe.model}: {error}") from error
-        if recipe.attention is not None:
+        chosen = {"attention": recipe.attention, "recurrence": recipe.recurrence}
+        for name, choice in chosen.items():
+            if choice is None:
+                continue
             try:
                 self.program.trace_step()
             except (ValueError, NotImplementedError) as error:
-                raise UserError(f"attention={recipe.attention!r}: {error}") from error
+                raise UserError(f"{name}={choice!r}: {error}") from error
         self.flops_per_token = train_flops_per_token(
             self.config, recipe.length, frozen_trunk=recipe.mode == "frozen_trunk"
         )
@@ -138,12 +144,14 @@ class Plan:
         r, precision = self.recipe, self.preset.precision
         trainable, frozen = self.parameters()
         streams = getattr(self.config, "streams", 1)
+        kind = "attention" if hasattr(self.config, "attention") else "recurrence"
+        how = f"{kind} {getattr(self.config, kind) or 'chosen by device'}"
         lines = [
             f"model: {r.model} ({streams} stream{'s' * (streams > 1)}), "
             f"{trainable + frozen:,} parameters, {trainable:,} trainable, {frozen:,} frozen",
             f"mesh: {self.preset.name}: {describe_mesh(self.mesh)}",
             f"dtypes: parameters {precision.params}, compute {precision.compute}; "
-            f"attention {self.config.attention or 'chosen by device'}; remat {self.config.remat}",
+            f"{how}; remat {self.config.remat}",
         ]
         if self.trunk is not None:
             lines.append(f"trunk: {self.trunk.folder.path}, step {self.trunk.step}")
@@ -173,7 +181,7 @@ class Plan:
 
 
 def model_config(recipe: Recipe, preset: Preset) -> Any:
-    """The config of the recipe's model: overrides, vocabulary, attention and remat filled in.
+    """The config of the recipe's model: overrides, vocabulary, and how it runs filled in.
 
     Raises:
       UserError: unknown model or field, or a value of the wrong type.
@@ -185,7 +193,7 @@ def model_config(recipe: Recipe, preset: Preset) -> Any:
             raise UserError(
                 f"unknown config field model.{name} of {recipe.model}; fields: {', '.join(fields)}"
             )
-        own = {"vocab_size", *EXECUTION_FIELDS} & {name}
+        own = {"vocab_size", *registry.EXECUTION} & {name}
         if own:
             raise UserError(f"model.{name}: set the recipe's own field {name} instead")
         old = getattr(entry.config, name)
@@ -195,12 +203,9 @@ def model_config(recipe: Recipe, preset: Preset) -> Any:
     remat = preset.remat if recipe.remat == "preset" else recipe.remat
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat={remat!r}; expected preset or one of {', '.join(REMAT_POLICIES)}")
-    return dataclasses.replace(
-        entry.config,
-        **recipe.overrides,
-        vocab_size=recipe.vocab_size,
-        remat=remat,
-        attention=recipe.attention,
+    config = dataclasses.replace(entry.config, **recipe.overrides, vocab_size=recipe.vocab_size)
+    return registry.run_as(
+        config, remat=remat, attention=recipe.attention, recurrence=recipe.recurrence
     )
 
 
@@ -241,7 +246,7 @@ class Trunk:
             raise UserError(
                 f"start_from={recipe.start_from!r} has {theirs['streams']} streams; expected 1"
             )
-        for name in ("streams", "prefix_length", "smoothing", "embedding_std", *EXECUTION_FIELDS):
+        for name in ("streams", "prefix_length", "smoothing", "embedding_std", *registry.EXECUTION):
             theirs.pop(name, None)
             ours.pop(name, None)
         theirs.pop("qkv_bias", None)

@@ -14,11 +14,11 @@ from hackle.zoo.train.optimizer import SCHEDULES, AdamW, Schedule, schedule
 from hackle.zoo.train.step import MODES
 
 # What a resumed run may change: how often it looks up, where things are, and how the same
-# computation is laid out. (Only with the same `preset`, `attention` and `remat` is the
-# continuation bitwise equal.) The number of steps is not among them, since the schedule hangs on
-# it.
+# computation is laid out. (Only with the same `preset`, `attention`, `recurrence` and `remat` is
+# the continuation bitwise equal.) The number of steps is not among them, since the schedule hangs
+# on it.
 FREE_ON_RESUME = frozenset({
-    "data_dir", "preset", "attention", "remat",
+    "data_dir", "preset", "attention", "recurrence", "remat",
     "eval_every", "eval_batches", "save_every", "keep", "log_every", "max_nonfinite", "export",
 })  # fmt: skip
 
@@ -82,6 +82,8 @@ class Recipe:
     beta2: float = 0.95
     clip: float | None = 1.0
     """Bound of the global gradient norm, or none."""
+    state_clip: float | None = None
+    """Bound of the norm of a recurrence's state matrices after every step, or none."""
     z_loss: float = 0.0
     """Coefficient of the mean squared log normaliser."""
     seed: int = 0
@@ -93,6 +95,8 @@ class Recipe:
     """Mesh, placement and dtypes; see hackle.pjit_configs."""
     attention: str | None = None
     """Attention implementation; none chooses."""
+    recurrence: str | None = None
+    """Method of a recurrence; none chooses."""
     remat: str = "preset"
     """What the backward pass recomputes: none, dots, full, or what the preset says."""
 
@@ -126,7 +130,9 @@ class Recipe:
         _require(self, "final", 0 <= self.final <= 1, "between 0 and 1")
         for name in ("beta1", "beta2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        _require(self, "clip", self.clip is None or self.clip > 0, "more than 0, or none")
+        for name in ("clip", "state_clip"):
+            bound = getattr(self, name)
+            _require(self, name, bound is None or bound > 0, "more than 0, or none")
         _require(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
         _require(self, "schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         _require(self, "batch", self.batch % self.accumulate == 0,
@@ -147,7 +153,13 @@ class Recipe:
         )
 
     def optimizer(self) -> AdamW:
-        return AdamW(self.beta1, self.beta2, weight_decay=self.weight_decay, clip=self.clip)
+        return AdamW(
+            self.beta1,
+            self.beta2,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            state_clip=self.state_clip,
+        )
 
     @property
     def tokens(self) -> int:

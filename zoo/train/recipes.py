@@ -52,6 +52,52 @@ def small(streams: int) -> Recipe:
     )  # fmt: skip
 
 
+def pararnn_tiny() -> Recipe:
+    """1.9M weights; learns to write Python-like lines on a CPU within minutes."""
+    return tiny(1).replace(model="pararnn-tiny-gru", state_clip=0.5)
+
+
+def pararnn_100m() -> Recipe:
+    """109M weights for one GPU, four epochs of the standard library.
+
+    Width, heads, weight decay, z-loss, warm-up, schedule and the bound of the state matrices are
+    those of the paper's 400M model, of which this is a third of the depth. The learning rate is
+    the paper's for the LSTM and the transformer of that size (GRU: 5e-3), so that `dense_100m`
+    has the same; the betas are ours, since the paper does not say.
+    """
+    return Recipe(
+        model="pararnn-400m-gru",
+        overrides={"depth": 8},
+        length=1024,
+        batch=32,
+        packing="stream",
+        steps=300,
+        learning_rate=3e-3,
+        warmup=30,
+        final=0.0,
+        weight_decay=1e-3,
+        z_loss=1e-4,
+        state_clip=0.5,
+        preset="h100x1",
+        eval_every=100,
+        eval_batches=12,
+        save_every=300,
+    )
+
+
+def dense_100m() -> Recipe:
+    """The transformer beside `pararnn_100m`: 111M weights, the same width, depth, MLP and data."""
+    return pararnn_100m().replace(
+        model="dense-tiny",
+        overrides={
+            "width": 1024, "mlp_width": 2816, "depth": 8, "heads": 16, "kv_heads": 16,
+            "head_width": 64, "max_length": 1024, "tie_embeddings": False, "embedding_std": 0.02,
+        },
+        attention="cudnn",
+        state_clip=None,
+    )  # fmt: skip
+
+
 def stage_1(base: Recipe) -> Recipe:
     """The first of two stages: P=1, warm-up and then a constant learning rate.
 
@@ -114,6 +160,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "parscale-small-stage1": lambda: stage_1(small(1)),
     "parscale-small-stage2-p4": lambda: stage_2(small(4)),
     "parscale-small-frozen-p4": lambda: frozen_trunk(small(4)),
+    "pararnn-tiny": pararnn_tiny,
+    "pararnn-100m": pararnn_100m,
+    "dense-100m": dense_100m,
     **{
         f"throughput-{size}-p{p}": partial(throughput, size, p, 8, p)
         for size in ("0.9b", "1.8b")

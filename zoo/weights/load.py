@@ -1,6 +1,5 @@
 """`from_pretrained`: a published folder as a model, one parameter in host memory at a time."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from hackle.zoo import registry
 from hackle.zoo.weights.folder import (
     Checkpoint,
     CheckpointError,
@@ -29,6 +29,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     remat: str = "none",
     attention: str | None = None,
+    recurrence: str | None = None,
 ) -> Any:
     """Loads a model from a published folder: config.json and safetensors, one file or sharded.
 
@@ -43,18 +44,20 @@ def from_pretrained(
         plain `jax.sharding.Mesh` with hackle's axis names shards streams over `stream`, widths
         over `fsdp`, heads, MLP and vocabulary over `tensor`; axes that it lacks split nothing.
       dtype: of all parameters, e.g. "bfloat16"; None keeps what is stored.
-      remat, attention: how the model runs; fields of its config.
+      remat, attention, recurrence: how the model runs; fields of its config.
 
     Returns:
       A model of the zoo in the family that config.json names.
 
     Raises:
       UserError: the folder cannot be loaded, with all reasons in one line; or a parameter does
-        not fit the mesh.
+        not fit the mesh; or the model has no attention or no recurrence to choose.
     """
     wanted = None if dtype is None else floating(dtype)
     checkpoint = open_checkpoint(folder)
-    config = dataclasses.replace(checkpoint.config, remat=remat, attention=attention)
+    config = registry.run_as(
+        checkpoint.config, remat=remat, attention=attention, recurrence=recurrence
+    )
     graph, state = abstract_model(checkpoint.family, config)
     where = placement(state, mesh)
     plan = [

@@ -19,6 +19,7 @@ MESH_AXIS = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "state": "tensor",
     "vocab": "tensor",
     "embed_out": "tensor",
 }

@@ -8,7 +8,7 @@ from flax import nnx
 
 from hackle import zoo
 from hackle.zoo.errors import UserError
-from hackle.zoo.train.optimizer import AdamW, decay_mask, decays, schedule
+from hackle.zoo.train.optimizer import AdamW, decays, is_state_weight, mask_of, schedule
 from tests.zoo.train.small import SIZES
 
 
@@ -61,6 +61,7 @@ def test_the_rule_by_name():
     assert decays(("aggregator", "hidden_weight"))
     assert decays(("blocks", "block", "attention", "value", "weight"))
     assert not decays(("blocks", "block", "attention_norm", "scale"))
+    assert not decays(("blocks", "block", "skip_scale"))
     assert not decays(("blocks", "block", "attention", "query", "bias"))
     assert not decays(("aggregator", "output_bias"))
     assert not decays(("blocks", "block", "attention", "prefix", "value"))
@@ -82,4 +83,4 @@ def test_only_what_decays_moves_without_a_gradient():
 
 def test_the_mask_has_the_structure_of_the_parameters():
     params = nnx.state(zoo.create("dense-tiny", rngs=nnx.Rngs(0), **SIZES), nnx.Param)
-    assert jax.tree.structure(decay_mask(params)) == jax.tree.structure(params)
+    assert jax.tree.structure(mask_of(decays, params)) == jax.tree.structure(params)
