@@ -30,6 +30,22 @@ def axis_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
         _rules.reset(token)
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of more than one device that a logical axis lies over here; often none.
+
+    Raises:
+      KeyError: rules hold here, and the name is not among them.
+    """
+    rules, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.empty:
+        return ()
+    if name not in rules:
+        raise KeyError(f"no rule for logical axis {name!r}; rules name {sorted(rules)}")
+    axes = rules[name]
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains the sharding of `x`, one logical name (or None) per dimension.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hackle.layers.recurrent import fused_gpu, newton, scan, shooting
+from hackle.layers.recurrent import fused_gpu, fused_tpu, newton, over_devices, scan, shooting
 from hackle.layers.recurrent.cells import GRU, LSTM, Arrays, Cell
 from hackle.layers.recurrent.newton import SolveInfo
 
@@ -18,6 +18,10 @@ _log = logging.getLogger("hackle")
 
 METHODS = ("scan", "newton", "shooting", "fused")
 _ITERATIVE = {"newton": newton, "shooting": shooting}
+_FUSED = {"gpu": fused_gpu, "tpu": fused_tpu}
+# What was measured to be fastest where there is no fused kernel. On a CPU a step is cheap, and all
+# other methods do more work; on a GPU a step of a loop is a few launches, about 20 us.
+_WITHOUT_KERNEL = {"cpu": "scan"}
 
 
 class Options(NamedTuple):
@@ -170,7 +174,10 @@ def _run(
     joined = jnp.concatenate([w.astype(initial[0].dtype) for w in weights])
     # Only the last array of a state leaves the layer, unless final states are read from them all.
     every = lengths is not None
-    states, final, info = _solve(cell, method, asked, every, u, joined, initial, reset)
+    at = over_devices.placement(u)
+    if at is not None and asked != Options():
+        raise NotImplementedError(f"{cell.name}: over a mesh {method!r} takes no {asked}")
+    states, final, info = _solve(cell, method, asked, at, every, u, joined, initial, reset)
     if options is None and method in _ITERATIVE:
         _report(cell.name, method, info)
     if lengths is not None:
@@ -178,56 +185,62 @@ def _run(
     return (states if every else (None,) * (cell.states - 1) + states), final, info
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _solve(cell, method, options, every, u, weights, initial, reset):
-    states, final, info = _solve_all(cell, method, options, u, weights, initial, reset)
-    return (states if every else states[-1:]), final, info
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _solve(cell, method, options, at, every, u, weights, initial, reset):
+    return _forward(cell, method, options, at, every, u, weights, initial, reset)[0]
 
 
-def _solve_all(cell, method, options, u, weights, initial, reset):
-    if method not in _ITERATIVE:
-        module = _module(method)
-        states, final = module.solve(cell, u, weights, initial, reset)
-        info = newton.examine(
-            cell, u, weights, initial, reset, states,
-            iterations=jnp.zeros((), jnp.int32), converged=True,
-        )  # fmt: skip
-        return states, final, info
-    states, final, info = _ITERATIVE[method].solve_with_info(
-        cell, u, weights, initial, reset,
-        tolerance=options.tolerance, max_iterations=options.max_iterations,
-    )  # fmt: skip
+def _forward(cell, method, options, at, every, u, weights, initial, reset):
+    arrays = (u, weights, initial, reset)
+    products = ()
+    if at is not None:
+        states, final, products, gap = over_devices.solve(_module(method), at, cell, *arrays)
+        info = _examined(cell, arrays, states, gap <= shooting.TOLERANCE)
+    elif method in _ITERATIVE:
+        states, final, info = _iterated(_ITERATIVE[method], cell, options, arrays)
+    else:
+        states, final = _module(method).solve(cell, *arrays)
+        info = _examined(cell, arrays, states, True)
+    out = (states if every else states[-1:]), final, info
+    return out, (*arrays, states, products)
+
+
+def _iterated(module, cell, options: Options, arrays) -> tuple[Arrays, Arrays, SolveInfo]:
+    states, final, info = module.solve_with_info(
+        cell, *arrays, tolerance=options.tolerance, max_iterations=options.max_iterations
+    )
     if options.fallback:
         states, final = lax.cond(
-            info.converged,
-            lambda: (states, final),
-            lambda: scan.solve(cell, u, weights, initial, reset),
+            info.converged, lambda: (states, final), lambda: scan.solve(cell, *arrays)
         )
     return states, final, info
 
 
-def _forward(cell, method, options, every, u, weights, initial, reset):
-    states, final, info = _solve_all(cell, method, options, u, weights, initial, reset)
-    kept = (u, weights, initial, reset, states)
-    return ((states if every else states[-1:]), final, info), kept
+def _examined(cell, arrays, states: Arrays, converged) -> SolveInfo:
+    zero = jnp.zeros((), jnp.int32)
+    return newton.examine(cell, *arrays, states, iterations=zero, converged=converged)
 
 
-def _backward(cell, method, options, every, kept, cotangents):
-    u, weights, initial, reset, states = kept
+def _backward(cell, method, options, at, every, kept, cotangents):
+    *arrays, states, products = kept
     given, final, _ = cotangents
     given = given if every else (None,) * (cell.states - 1) + given
-    du, dweights, dinitial = _module(method).adjoint(
-        cell, u, weights, initial, reset, states, given, final
-    )
-    dreset = None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
-    return du, dweights, dinitial, dreset
+    module = _module(method)
+    if at is None:
+        gradients = module.adjoint(cell, *arrays, states, given, final)
+    else:
+        gradients = over_devices.adjoint(module, at, cell, *arrays, states, products, given, final)
+    reset = arrays[-1]
+    return *gradients, None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
 
 
 _solve.defvjp(_forward, _backward)
 
 
 def _module(method: str) -> ModuleType:
-    return fused_gpu if method == "fused" else {"scan": scan, **_ITERATIVE}[method]
+    if method == "fused":
+        return _FUSED[jax.default_backend()]
+    return {"scan": scan, **_ITERATIVE}[method]
 
 
 def _end_at(lengths: jax.Array, states: Arrays, initial: Arrays) -> tuple[Arrays, Arrays]:
@@ -292,15 +305,22 @@ def _checked(
 
 
 def _choose(method: str | None, u: jax.Array) -> str:
+    platform = jax.default_backend()
+    fused = _FUSED.get(platform)
+    reason = f"there is no fused kernel for {platform}" if fused is None else fused.unsupported(u)
     if method is None:
-        method = "scan"
-        return method
-    if method not in METHODS:
+        method = "fused" if reason is None else _WITHOUT_KERNEL.get(platform, "shooting")
+        _say_once(method, reason or "")
+    elif method not in METHODS:
         raise ValueError(f"unknown method {method!r} of a recurrence; expected one of {METHODS}")
-    reason = fused_gpu.unsupported(u) if method == "fused" else None
-    if reason is not None:
-        raise NotImplementedError(f"method {method!r} of a recurrence: {reason}")
+    elif method == "fused" and reason is not None:
+        raise NotImplementedError(f"method 'fused' of a recurrence: {reason}")
     return method
+
+
+@functools.cache
+def _say_once(method: str, reason: str) -> None:
+    _log.info("recurrence: chose %r%s", method, f" ({reason})" if reason else "")
 
 
 def _report(name: str, method: str, info: SolveInfo) -> None:

@@ -59,7 +59,8 @@ def solve(
     """States `[B,T,D]` in u's dtype and final states `[B,D]` float32; see `scan.solve`.
 
     Args:
-      interpret: passed to the kernel, for tests without a TPU.
+      interpret: passed to the kernel, for tests without a TPU. Steps are unrolled only without it:
+        a CPU takes too long to compile them.
     """
     batch, time, _, width = u.shape
     cell, n = _fast(cell), cell.states
@@ -87,21 +88,20 @@ def solve(
             for k, buffer in enumerate(gate_buffers):
                 _spread(u_ref.at[:, k, rows], buffer, tiles)
             words = [_words(ref, i, tiles) for ref in words_refs]
-            for j in range(tiles.rows):
+
+            def step(j, state):
                 before = state
                 for word in words:
-                    cut = (word & (1 << j)) != 0
-                    before = tuple(jnp.where(cut, 0.0, x) for x in before)
+                    before = _cut(word, j, before)
                 gates = tuple(_row(buffer, j) for buffer in gate_buffers)
                 after = cell.step(before, gates, weights)
                 if time % tiles.rows:  # rows after the end must not move the final state
-                    inside = first + i * tiles.rows + j < time
-                    after = tuple(
-                        jnp.where(inside, x, y) for x, y in zip(after, state, strict=True)
-                    )
-                state = after
-                for buffer, x in zip(out_buffers, state, strict=True):
+                    after = _where(first + i * tiles.rows + j < time, after, state)
+                for buffer, x in zip(out_buffers, after, strict=True):
                     _put(buffer, j, x)
+                return after
+
+            state = lax.fori_loop(0, tiles.rows, step, state, unroll=not interpret)
             for buffer, ref in zip(out_buffers, states_refs, strict=True):
                 _gather(buffer, ref.at[:, rows], tiles)
             return state
@@ -192,15 +192,15 @@ def adjoint(
                 earlier = ref.at[:, tiles.block(jnp.maximum(i - 1, 0))]
                 _spread_before(i, tile, earlier, border, start, buffer, tiles)
             words = [_words(ref, i, tiles) for ref in words_refs]
-            sums = [jnp.zeros_like(x) for x in weights]
-            behind = tuple(_row(b, tiles.rows + _SUBLANES - 1) for b in states_buffers)
-            for j in reversed(range(tiles.rows)):
-                gates = tuple(_row(buffer, j) for buffer in gate_buffers)
-                after, behind = behind, tuple(_row(b, j + _SUBLANES - 1) for b in states_buffers)
-                before = behind
+
+            def step(back, loop):
+                carry, after, sums = loop
+                j = tiles.rows - 1 - back
+                stored = tuple(_row(buffer, j + _SUBLANES - 1) for buffer in states_buffers)
+                before = stored
                 for word in words:
-                    cut = (word & (1 << j)) != 0
-                    before = tuple(jnp.where(cut, 0.0, x) for x in before)
+                    before = _cut(word, j, before)
+                gates = tuple(_row(buffer, j) for buffer in gate_buffers)
                 received = (_row(buffer, j) for buffer in given_buffers)
                 total = tuple(
                     c if x is None else c + next(received)
@@ -208,18 +208,23 @@ def adjoint(
                 )
                 jacobian, local = cell.local_gradients(before, gates, weights)
                 sent = apply(transposed(jacobian), total)
-                for _ in words:
-                    sent = tuple(jnp.where(cut, 0.0, x) for x in sent)
+                for word in words:
+                    sent = _cut(word, j, sent)
                 du = apply(transposed(local), total)
                 grads = cell.weight_gradients(before, after, gates, weights, du)
                 if time % tiles.rows:  # rows after the end give nothing and pass the carry on
                     inside = first + i * tiles.rows + j < time
-                    sent = tuple(jnp.where(inside, x, y) for x, y in zip(sent, carry, strict=True))
-                    grads = tuple(jnp.where(inside, x, 0.0) for x in grads)
-                sums = [x + g for x, g in zip(sums, grads, strict=True)]
-                carry = sent
+                    sent = _where(inside, sent, carry)
+                    grads = _where(inside, grads, tuple(jnp.zeros_like(x) for x in grads))
                 for buffer, x in zip(du_buffers, du, strict=True):
                     _put(buffer, j, x)
+                return sent, stored, tuple(x + g for x, g in zip(sums, grads, strict=True))
+
+            last = tuple(_row(buffer, tiles.rows + _SUBLANES - 1) for buffer in states_buffers)
+            sums = tuple(jnp.zeros_like(x) for x in weights)
+            carry, _, sums = lax.fori_loop(
+                0, tiles.rows, step, (carry, last, sums), unroll=not interpret
+            )
             for k, buffer in enumerate(du_buffers):
                 _gather(buffer, du_ref.at[:, k, rows], tiles)
             for k, x in enumerate(sums):
@@ -408,17 +413,19 @@ def _spread_before(i, tile, earlier, border, start, buffer, tiles: _Tiles) -> No
         buffer[0, c * size : (c + 1) * size] = x.reshape(size, _LANES)
 
 
-def _row(buffer, j: int) -> jax.Array:
+def _row(buffer, j) -> jax.Array:
     """Row j as a state."""
     count = buffer.shape[1] // _SUBLANES
-    return buffer.at[j // _SUBLANES][pl.ds(j % _SUBLANES, count, stride=_SUBLANES)]
+    # `//` would go by the sign, whose lowering asks the default device for its kind.
+    eight, row = lax.div(j, _SUBLANES), lax.rem(j, _SUBLANES)
+    return buffer.at[eight][pl.ds(row, count, stride=_SUBLANES)]
 
 
-def _put(buffer, j: int, x: jax.Array) -> None:
+def _put(buffer, j, x: jax.Array) -> None:
     """Row j, a state, to where `_gather` finds it."""
     for i in range(buffer.shape[0]):
         part = x[i * _SUBLANES : (i + 1) * _SUBLANES]
-        buffer[i, j * _SUBLANES : j * _SUBLANES + part.shape[0]] = part
+        buffer[i, pl.ds(j * _SUBLANES, part.shape[0])] = part
 
 
 def _gather(buffer, block, tiles: _Tiles) -> None:
@@ -449,3 +456,13 @@ def _reset_words(reset: jax.Array, tiles: _Tiles) -> jax.Array:
 def _words(ref, i, tiles: _Tiles) -> jax.Array:
     """The words of block i as a state: the same for every column."""
     return jnp.concatenate([ref[i]] * tiles.columns, axis=0)
+
+
+def _cut(words: jax.Array, j, state: Arrays) -> Arrays:
+    """Zero where bit j is set."""
+    bit = (words & (1 << j)) != 0
+    return tuple(jnp.where(bit, 0.0, x) for x in state)
+
+
+def _where(condition, state: Arrays, otherwise: Arrays) -> Arrays:
+    return tuple(jnp.where(condition, x, y) for x, y in zip(state, otherwise, strict=True))

@@ -161,6 +161,21 @@ def solve_with_info(
     return tuple(x.astype(u.dtype) for x in states), final, info
 
 
+def march(
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
+) -> tuple[Arrays, Arrays, Block]:
+    """As `scan.march`."""
+    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
+    return states, final, product(cell, u, weights, initial, reset, states)
+
+
+def product(cell: Cell, u, weights, initial: Arrays, reset, states: Arrays) -> Block:
+    """d(final) / d(initial), from the states of all times."""
+    states = tuple(x.astype(initial[0].dtype) for x in states)
+    _, jacobian = _linearized(cell, u, weights, initial, reset)(states)
+    return affine.product(jacobian, 1)
+
+
 def examine(
     cell: Cell, u, weights, initial: Arrays, reset, states: Arrays, *, iterations, converged
 ) -> SolveInfo:

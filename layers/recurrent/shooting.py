@@ -62,6 +62,29 @@ def solve_with_info(
         entry is exact, by causality.
       segments: how many; None makes them `_STEPS` long.
     """
+    passed, passes, gap = _solve(
+        cell, u, weights, initial, reset, tolerance, max_iterations, segments
+    )
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    info = newton.examine(
+        cell, u, weights, initial, reset, passed.states, iterations=passes,
+        converged=gap <= tolerance,
+    )  # fmt: skip
+    return passed.states, tuple(x[-1] for x in passed.ends), info
+
+
+def march(
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
+) -> tuple[Arrays, Arrays, Block]:
+    """As `scan.march`."""
+    passed, *_ = _solve(cell, u, weights, initial, reset, None, None, None)
+    return passed.states, tuple(x[-1] for x in passed.ends), affine.product(passed.products, 0)
+
+
+def _solve(
+    cell: Cell, u, weights, initial: Arrays, reset, tolerance, max_iterations, segments
+) -> tuple[Pass, jax.Array, jax.Array]:
+    """As `shoot`, with states `[B, T, D]`."""
     batch, time, _, width = u.shape
     count = max(1, time // _STEPS) if segments is None else min(segments, time)
     length = -(-time // count)
@@ -102,15 +125,13 @@ def solve_with_info(
     zeros = tuple(jnp.zeros((count, batch, width), dtype) for _ in initial)
     ends = march(zeros, max(0, length - _BURN_IN))[1]
     passed = march(affine.shifted(initial, ends, 0))
-    (states, ends, *_), passes, gap = shoot(
+    passed, passes, gap = shoot(
         passed, march, initial, tolerance=tolerance, max_passes=max_iterations
     )
-    flat = tuple(jnp.moveaxis(x, (2, 1, 0), (0, 1, 2)).reshape(batch, -1, width) for x in states)
-    states = tuple(x[:, :time] for x in flat)
-    info = newton.examine(
-        cell, u, weights, initial, reset, states, iterations=passes, converged=gap <= tolerance
+    flat = tuple(
+        jnp.moveaxis(x, (2, 1, 0), (0, 1, 2)).reshape(batch, -1, width) for x in passed.states
     )
-    return states, tuple(x[-1] for x in ends), info
+    return passed._replace(states=tuple(x[:, :time] for x in flat)), passes, gap
 
 
 def shoot(
@@ -120,6 +141,7 @@ def shoot(
     *,
     tolerance: float = TOLERANCE,
     max_passes: int | None = None,
+    over: tuple[str, ...] = (),
 ) -> tuple[Pass, jax.Array, jax.Array]:
     """Passes over the segments until each enters where the one before it ended.
 
@@ -139,7 +161,8 @@ def shoot(
     most = segments if max_passes is None else max_passes
 
     def gap(passed: Pass) -> jax.Array:
-        return _disagreement(affine.shifted(initial, passed.ends, 0), passed.entries)
+        mine = _disagreement(affine.shifted(initial, passed.ends, 0), passed.entries)
+        return lax.pmax(mine, over) if over else mine
 
     def go_on(carry):
         _, passes, gap = carry
