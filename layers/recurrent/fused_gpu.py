@@ -6,27 +6,32 @@ Bytes per (batch, time, channel), with s bytes a number: forward GRU 4s, LSTM 5s
 - where B x D fills the chip, time is one segment;
 - where it does not, time is cut into segments that run at once (`shooting.py`). Forward, a segment
   finds its entry state by running the `_BURN_IN` steps before it from zero, and is exact given
-  that state; entries are then checked against the ends before them, and all is run again from
-  corrected ones until they agree. Backward is linear: one pass gives what each segment does to
-  what enters it, and a second one the gradients.
+  that state. The passes that follow correct the entries by Newton's method, and run those segments
+  again whose entry moves; a recurrence that forgets moves none. What still moves in the last pass
+  is run step by step. The host never waits to know. Backward is linear: one pass gives what each
+  segment does to what enters it, and a second one the gradients.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hackle.layers.recurrent import affine, shooting
+from hackle.layers.recurrent import affine
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
 from hackle.layers.recurrent.fused_gpu_kernels import KEEP, LANES, ROWS, Shape, backward, forward
 
 _BURN_IN = 64  # steps
 _FULL = 32 * 1024  # channels times batch times segments that fill the chip
 _SHORTEST = 64  # steps of a segment worth a program
+_CORRECTIONS = 2  # passes between the first and the last
 
 
 def unsupported(u: jax.Array) -> str | None:
     """Why the kernels cannot run on the default device, or None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"the fused GPU kernel needs jax 0.11 or newer, this is {jax.__version__}"
     device = jax.devices()[0]
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return f"the fused GPU kernel needs an NVIDIA GPU, the default device is {device}"
@@ -75,27 +80,30 @@ def march(
 
 
 def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret):
-    width = u.shape[-1]
+    width, n = u.shape[-1], cell.states
     u, weights, wide, keep = _padded(u, weights, initial, reset)
     shape = _shape(u, keep is not None, segments)
     arrays = (u, weights, jnp.stack(wide), *(() if keep is None else (keep,)))
-    n = cell.states
-    many = shape.segments > 1
-
-    def run(burn_in: int, entries: Arrays) -> shooting.Pass:
-        kernel = forward(
-            cell, shape, burn_in=burn_in, entries=bool(entries), products=many or products,
-            interpret=interpret,
-        )  # fmt: skip
-        out = tuple(kernel(*arrays, *entries))
-        block = tuple(out[3 * n + i * n : 3 * n + (i + 1) * n] for i in range(n))
-        return shooting.Pass(out[:n], out[n : 2 * n], out[2 * n : 3 * n], block)
-
-    passed = run(_BURN_IN if many else 0, ())
-    passed, *_ = shooting.shoot(passed, lambda entries: run(0, entries), wide)
+    run = functools.partial(forward, cell, shape, interpret=interpret)
+    if shape.segments == 1:
+        states, before = _split(run("first", products=products)(*arrays), n)
+        final, total = before[n : 2 * n], before[2 * n :]
+    else:
+        first = run("first", burn_in=_BURN_IN, products=True)
+        states, before = _split(first(*arrays), n)
+        places = tuple(jax.new_ref(x) for x in states)
+        for _ in range(_CORRECTIONS):
+            before = run("again")(*arrays, *before, *places)
+        final, total = _split(run("last", products=products)(*arrays, *before, *places), n)
+        states = tuple(place[...] for place in places)
     cut = lambda x: x if x.shape[-1] == width else x[..., :width]
-    total = jax.tree.map(cut, affine.product(passed.products, 0)) if products else ()
-    return tuple(map(cut, passed.states)), tuple(cut(x[-1]) for x in passed.ends), total
+    total = tuple(cut(x[0]) for x in total)
+    block = tuple(total[i * n : (i + 1) * n] for i in range(n)) if products else ()
+    return tuple(map(cut, states)), tuple(cut(x[0]) for x in final), block
+
+
+def _split(arrays, count: int) -> tuple[Arrays, Arrays]:
+    return tuple(arrays[:count]), tuple(arrays[count:])
 
 
 def adjoint(

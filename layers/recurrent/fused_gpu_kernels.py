@@ -6,6 +6,7 @@ stays in registers, and results go straight to global memory. Lanes never exchan
 wait for each other only once a tile, before its place in shared memory is filled again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hackle.layers.recurrent.cells import Cell, apply, compose, transposed
+from hackle.layers.recurrent.cells import Arrays, Cell, apply, compose, transposed
+from hackle.layers.recurrent.shooting import TOLERANCE
 
 LANES = 128  # of a warpgroup
-ROWS = 8  # time steps of a tile in shared memory
+ROWS = 16  # time steps of a tile in shared memory
+_UNROLLED = 8  # time steps of a tile that are one piece of code
 KEEP = 32  # numbers kept for a tile's mask of resets, of which ROWS count: a copy has 128 bytes
-# Shared memory for the tiles of a program, so that three programs fit on a multiprocessor.
-_TILE_BYTES = 72 * 1024
+# Shared memory for the tiles of a program, so that two programs fit on a multiprocessor.
+_TILE_BYTES = 104 * 1024
 
 
 class Shape(NamedTuple):
@@ -49,8 +52,8 @@ class Shape(NamedTuple):
         return self.segments, self.batch, self.width // self.tile
 
     @property
-    def rows(self) -> int:
-        """Tiles of time in a segment."""
+    def tiles(self) -> int:
+        """Of time, in a segment."""
         return self.length // ROWS
 
     @property
@@ -86,11 +89,11 @@ class _Lanes:
 
     def once(self, ref) -> jax.Array:
         """From global memory."""
-        return plgpu.load(ref, (), layout=self._layout, optimized=False)
+        return plgpu.load(ref, layout=self._layout, optimized=False)
 
-    def row(self, ref, *index: int) -> jax.Array:
+    def row(self, ref, *index) -> jax.Array:
         """From a tile in shared memory, as float32."""
-        return plgpu.load(ref.at[index], (), layout=self._layout).astype(jnp.float32)
+        return plgpu.load(ref.at[index], layout=self._layout).astype(jnp.float32)
 
     def full(self, value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((self._tile,), value, jnp.float32), self._layout)
@@ -111,42 +114,56 @@ class _Lanes:
 
 
 def forward(
-    cell: Cell, shape: Shape, *, burn_in: int, entries: bool, products: bool, interpret: Any
+    cell: Cell,
+    shape: Shape,
+    role: str,
+    *,
+    burn_in: int = 0,
+    products: bool = False,
+    interpret: Any = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """The forward kernel.
+    """A forward kernel; `Before` stands for `entry, end [S,B,D]` x N, products x N x N.
 
     Args:
-      burn_in: steps, a multiple of `ROWS`, that a segment runs before its own, from zero, to find
-        its entry state; the first segment's is the initial state.
-      entries: whether entry states are given instead.
-      products: whether to give the product of the Jacobians of each segment.
+      role: "first": all segments, each from the end of the `burn_in` steps before it, run from
+        zero. "again": the segments whose entry moves when Newton's method corrects it, states in
+        place. "last": one program for all of time, which runs if an entry would still move. A
+        first with one segment starts from the initial state.
+      products: whether to give d(end) / d(entry); "again" always does.
 
     Returns:
-      A function of `(u, weights [R,D], initial [N,B,D][, keep [B,T/ROWS,KEEP]][, entry [S,B,D]
-      x N])` that gives `states [B,T,D] x N`, ends `[S,B,D] x N`, and with `products` also the
-      entry states used, x N, and the products, x N x N. All but u and states are float32.
+      A function of `(u, weights [R,D], initial [N,B,D][, keep [B,T/ROWS,KEEP]])`, and but for
+      "first" `(*Before, *states Refs)`. It gives, "first": `states [B,T,D]` x N and `Before` (of
+      which products if asked); "again": `Before`; "last": final `[1,B,D]` x N and, if asked, the
+      product of all. All but u and states are float32.
     """
     cell, n = _fast(cell), cell.states
     itemsize = jnp.dtype(shape.dtype).itemsize
     stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * 3 * itemsize)))
+    products = products or role == "again"
+    grid = (1, *shape.grid[1:]) if role == "last" else shape.grid
 
     def body(*refs):
         refs, lanes = list(refs), _Lanes(shape)
         take = lambda k: [refs.pop(0) for _ in range(k)]
         (u_ref, weights_ref, initial_ref), keep_refs = take(3), take(int(shape.reset))
-        given_refs, states_refs, end_refs = take(n if entries else 0), take(n), take(n)
-        entry_refs, product_refs = take(n if products else 0), take(n * n if products else 0)
+        if role != "first":
+            old_entry_refs, old_end_refs, old_product_refs = take(n), take(n), take(n * n)
+        states_refs = take(n)
+        entry_refs = [] if role == "last" else take(n)
+        end_refs, product_refs = take(n), take(n * n if products else 0)
         s, b, d = (lax.axis_index(name) for name in ("segment", "batch", "tile"))
         mine = pl.ds(d * shape.tile, shape.tile)
         weights = tuple(lanes.once(weights_ref.at[i, mine]) for i in range(cell.weights))
         initial = tuple(lanes.once(initial_ref.at[k, b, mine]) for k in range(n))
 
-        def march(first, rows: int, carry, outs):
-            """Steps through `rows` tiles of time from tile `first` on."""
+        def march(first, tiles: int, carry, outs):
+            """Steps through `tiles` tiles of time from tile `first` on."""
 
             def tile(index, u_tile, *rest):
                 *keep_tiles, carry = rest
-                for i in range(ROWS):
+
+                def step(i, carry):
                     time = (first + index[0]) * ROWS + i
                     row = tuple(lanes.row(u_tile, i, k) for k in range(3))
                     held = carry
@@ -160,14 +177,11 @@ def forward(
                         carry = (cell.step(state, row, weights),)
                     if shape.ragged:  # what follows the end must not move the final state
                         carry = lanes.where(time < shape.time, carry, held)
-                    _write(
-                        shape,
-                        time,
-                        [
-                            (out.at[b, time, mine], x)
-                            for out, x in zip(outs, carry[0], strict=False)
-                        ],
-                    )
+                    places = [out.at[b, time, mine] for out in outs]
+                    _write(shape, time, places, carry[0])
+                    return carry
+
+                carry = _loop(step, carry)
                 plgpu.commit_smem()
                 return carry
 
@@ -177,32 +191,94 @@ def forward(
             ]
             return plgpu.emit_pipeline(
                 tile,
-                grid=(rows,),
+                grid=(tiles,),
                 in_specs=in_specs,
                 max_concurrent_steps=stages,
                 init_carry=carry,
             )(u_ref.at[b], *(k.at[b] for k in keep_refs))
 
-        first = s * shape.rows
-        state = initial
-        if entries:
-            state = tuple(lanes.once(e.at[s, b, mine]) for e in given_refs)
-        elif burn_in:
-            zero = lanes.zeros(initial)
-            before = jnp.maximum(first - burn_in // ROWS, 0)
-            (burned,) = march(before, burn_in // ROWS, (zero,), [])
-            state = lanes.where(s == 0, initial, burned)
-        carry = (state, lanes.identity(n)) if products else (state,)
-        for ref, x in zip(entry_refs, state, strict=False):
-            ref[s, b, mine] = x
-        carry = march(first, shape.rows, carry, states_refs)
-        for ref, x in zip([*end_refs, *product_refs], jax.tree.leaves(carry), strict=True):
-            ref[s, b, mine] = x
+        def run(state, first, tiles: int) -> None:
+            """Marches from a state that is right, and stores what is asked for."""
+            carry = (state, lanes.identity(n)) if products else (state,)
+            carry = march(first, tiles, carry, states_refs)
+            store([*entry_refs, *end_refs, *product_refs], ([state] if entry_refs else [], carry))
+
+        def store(places, values) -> None:
+            for ref, x in zip(places, jax.tree.leaves(values), strict=True):
+                ref[s, b, mine] = x
+
+        def old(refs, j):
+            return tuple(lanes.once(ref.at[j, b, mine]) for ref in refs)
+
+        def block(flat):
+            return tuple(flat[i * n : (i + 1) * n] for i in range(n))
+
+        def corrected(carry, j):
+            """From the entry of segment j to that of the next, by Newton's method; see
+            `shooting.py`. Notes how much an entry moves on the way."""
+            entry, moved, *total = carry
+            was, end, product = (
+                old(old_entry_refs, j),
+                old(old_end_refs, j),
+                block(old(old_product_refs, j)),
+            )
+            moved = _moved(lanes, entry, was, moved)
+            move = tuple(e - w for e, w in zip(entry, was, strict=True))
+            new = tuple(e + m for e, m in zip(end, apply(product, move), strict=True))
+            bound = [jnp.maximum(jnp.abs(x), 1.0) for x in initial]
+            bound = functools.reduce(jnp.maximum, bound)
+            new = tuple(jnp.minimum(jnp.maximum(x, -bound), bound) for x in new)
+            # Where a product overflowed, the end itself.
+            new = tuple(jnp.where(x - x == 0.0, x, e) for x, e in zip(new, end, strict=True))
+            return (new, moved, *(compose(product, t) for t in total))
+
+        start = (initial, lanes.full(0.0))
+        if role == "first":
+            state, first = initial, s * shape.tiles
+            if burn_in:
+                before = jnp.maximum(first - burn_in // ROWS, 0)
+                (burned,) = march(before, burn_in // ROWS, (lanes.zeros(initial),), [])
+                state = lanes.where(s == 0, initial, burned)
+            run(state, first, shape.tiles)
+        elif role == "again":
+            entry, _ = lax.fori_loop(0, s, lambda j, carry: corrected(carry, j), start)
+            was = old(old_entry_refs, s)
+            moved = jnp.max(_moved(lanes, entry, was, lanes.full(0.0))) > 0.5
+            pl.when(moved)(lambda: run(entry, s * shape.tiles, shape.tiles))
+
+            @pl.when(jnp.logical_not(moved))
+            def _():
+                kept = old([*old_entry_refs, *old_end_refs, *old_product_refs], s)
+                store([*entry_refs, *end_refs, *product_refs], kept)
+        else:
+            carry = (*start, lanes.identity(n)) if products else start
+            step = lambda j, carry: corrected(carry, j)
+            _, moved, *total = lax.fori_loop(0, shape.segments, step, carry)
+            moved = jnp.max(moved) > 0.5
+            pl.when(moved)(lambda: run(initial, 0, shape.segments * shape.tiles))
+
+            @pl.when(jnp.logical_not(moved))
+            def _():
+                store([*end_refs, *product_refs], (old(old_end_refs, shape.segments - 1), total))
 
     states = jax.ShapeDtypeStruct((shape.batch, shape.time, shape.width), shape.dtype)
-    border = jax.ShapeDtypeStruct((shape.segments, shape.batch, shape.width), jnp.float32)
-    out_type = [states] * n + [border] * (n + (n + n * n if products else 0))
-    return _kernel(body, out_type, shape, interpret)
+    border = jax.ShapeDtypeStruct((grid[0], shape.batch, shape.width), jnp.float32)
+    count = n + (0 if role == "last" else n) + (n * n if products else 0)
+    out_type = [*([states] * n if role == "first" else []), *[border] * count]
+    return _kernel(body, out_type, grid, interpret)
+
+
+def _moved(lanes: _Lanes, entry: Arrays, was: Arrays, before: jax.Array) -> jax.Array:
+    """1 in the lanes where two states are further apart than the tolerance, or `before` was 1.
+
+    Two that are not numbers agree: what is not a number spoils all that follows, as step by step.
+    """
+    no, yes = lanes.full(0.0), lanes.full(1.0)
+    for e, w in zip(entry, was, strict=True):
+        apart = jnp.where(jnp.abs(e - w) <= TOLERANCE, no, yes)
+        apart = jnp.where(e == e, apart, jnp.where(w == w, apart, no))
+        before = jnp.maximum(before, apart)
+    return before
 
 
 def backward(
@@ -239,7 +315,7 @@ def backward(
         initial = tuple(lanes.once(initial_ref.at[k, b, mine]) for k in range(n))
         arriving = tuple(lanes.once(e.at[s, b, mine]) for e in entry_refs)
         sums = lanes.zeros(weights)
-        last = (s + 1) * shape.rows - 1
+        last = (s + 1) * shape.tiles - 1
 
         def tile(index, u_tile, *rest):
             *tiles, (arriving, extra) = rest
@@ -247,13 +323,14 @@ def backward(
             keep_tiles, state_tiles, border_tiles = take(int(shape.reset)), take(n), take(n)
             given_tiles = tiles
             first = (last - index[0]) * ROWS
-            for i in reversed(range(ROWS)):
+
+            def step(back, carry):
+                arriving, extra = carry
+                i = ROWS - 1 - back
                 row = tuple(lanes.row(u_tile, i, k) for k in range(3))
-                if i:
-                    before = tuple(lanes.row(x, i - 1) for x in state_tiles)
-                else:
-                    before = tuple(lanes.row(x, 0) for x in border_tiles)
-                    before = lanes.where(first == 0, initial, before)
+                before = tuple(lanes.row(x, jnp.maximum(i - 1, 0)) for x in state_tiles)
+                above = tuple(lanes.row(x, 0) for x in border_tiles)
+                before = lanes.where(i == 0, lanes.where(first == 0, initial, above), before)
                 keep = keep_tiles[0][0, i] > 0.5 if keep_tiles else None
                 if keep is not None:
                     before = lanes.where(keep, before, lanes.zeros(before))
@@ -271,17 +348,19 @@ def backward(
                     after = cell.step(before, row, weights)
                     grads = cell.weight_gradients(before, after, row, weights, du)
                     new = tuple(x + g for x, g in zip(extra, grads, strict=True))
-                    rows = [(du_refs[0].at[b, first + i, k, mine], du[k]) for k in range(3)]
-                    _write(shape, first + i, rows)
+                    places = [du_refs[0].at[b, first + i, k, mine] for k in range(3)]
+                    _write(shape, first + i, places, du)
                 else:
                     # Earlier times come later: the product of the segment grows to the right.
                     new = compose(extra, jacobian)
                 if shape.ragged:  # steps after the end hand on what they were given
                     here = first + i < shape.time
                     sent, new = lanes.where(here, (sent, new), (arriving, extra))
-                arriving, extra = sent, new
+                return sent, new
+
+            carry = _loop(step, (arriving, extra))
             plgpu.commit_smem()
-            return arriving, extra
+            return carry
 
         at = lambda i: (last - i, d)
         # The state before a tile's first step: the last row of the tile before it.
@@ -296,7 +375,7 @@ def backward(
         ins = (u_ref, *keep_refs, *states_refs, *border_refs, *given_refs)
         arriving, extra = plgpu.emit_pipeline(
             tile,
-            grid=(shape.rows,),
+            grid=(shape.tiles,),
             in_specs=in_specs,
             max_concurrent_steps=stages,
             init_carry=(arriving, sums if write else lanes.identity(n)),
@@ -319,14 +398,25 @@ def backward(
         out_type = [du, sums, *[border] * n]
     else:
         out_type = [border] * (n + n * n)
-    return _kernel(body, out_type, shape, interpret)
+    return _kernel(body, out_type, shape.grid, interpret)
 
 
-def _write(shape: Shape, time: jax.Array, rows: list[tuple[Any, jax.Array]]) -> None:
+def _loop(step: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """The steps of a tile, `_UNROLLED` at a time."""
+
+    def some(block, carry):
+        for k in range(_UNROLLED):
+            carry = step(block * _UNROLLED + k, carry)
+        return carry
+
+    return lax.fori_loop(0, ROWS // _UNROLLED, some, carry)
+
+
+def _write(shape: Shape, time: jax.Array, places: list[Any], values: Arrays) -> None:
     """Stores vectors of one time step, unless it is past the end."""
 
     def store() -> None:
-        for ref, x in rows:
+        for ref, x in zip(places, values, strict=False):
             ref[...] = x.astype(shape.dtype)
 
     if shape.ragged:
@@ -335,12 +425,12 @@ def _write(shape: Shape, time: jax.Array, rows: list[tuple[Any, jax.Array]]) -> 
         store()
 
 
-def _kernel(body, out_type, shape: Shape, interpret):
+def _kernel(body, out_type, grid, interpret):
     options = {} if interpret is None else {"interpret": interpret}
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=shape.grid,
+        grid=grid,
         grid_names=("segment", "batch", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **options,
