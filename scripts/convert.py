@@ -161,11 +161,14 @@ def copy(args: argparse.Namespace) -> None:
     from flax import nnx
 
     from hackle import zoo
+    from hackle.layers.causal_decoder import CausalDecoder
     from hackle.zoo.parscale import ParScaleLM, retrofit
     from hackle.zoo.parscale.params import as_dense
 
     check_out(args)
     model = zoo.from_pretrained(args.source)
+    if args.to is not None and not isinstance(model, CausalDecoder):
+        raise zoo.UserError(f"--to {args.to}: {type(model).__name__} is no transformer")
     with user_errors():
         if args.to == "dense" and isinstance(model, ParScaleLM):
             model = as_dense(model)

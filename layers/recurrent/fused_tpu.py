@@ -30,8 +30,8 @@ from hackle.layers.recurrent.cells import Arrays, Cell, apply, transposed
 
 _LANES = 128
 _SUBLANES = 8
-# Registers of a state that one program advances at once. Backward, the weights and their sums take
-# six more for each, and the chain is short, one product.
+# Registers of a state that one program advances at once. Backward, weights and their sums take six
+# or ten more for each, and fewer are needed: the chain is one product a step.
 _FORWARD, _BACKWARD = 4, 2
 _VMEM = 8 * 2**20  # bytes of a program's tiles, two of each; the smallest default limit is 16 MiB
 _PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
@@ -59,16 +59,16 @@ def solve(
     """States `[B,T,D]` in u's dtype and final states `[B,D]` float32; see `scan.solve`.
 
     Args:
-      interpret: passed to the kernel, for tests without a TPU. Steps are unrolled only without it:
-        a CPU takes too long to compile them.
+      interpret: passed to the kernel, for tests without a TPU. Steps are not unrolled then: a CPU
+        takes too long to compile them.
     """
     batch, time, _, width = u.shape
     cell, n = _fast(cell), cell.states
     tiles = _tiles(u, 3 + n, _FORWARD)
     resets = () if reset is None else (_reset_words(reset, tiles),)
 
-    def body(*refs):
-        refs = list(refs)
+    def body(*arguments):
+        refs = list(arguments)
         take = lambda k: [refs.pop(0) for _ in range(k)]
         u_ref, weights_ref = take(2)
         initial_refs, words_refs = take(n), take(len(resets))
@@ -157,8 +157,8 @@ def adjoint(
     resets = () if reset is None else (_reset_words(reset, tiles),)
     count = tiles.grid[2]
 
-    def body(*refs):
-        refs = list(refs)
+    def body(*arguments):
+        refs = list(arguments)
         take = lambda k: [refs.pop(0) for _ in range(k)]
         u_ref, weights_ref = take(2)
         initial_refs, end_refs, states_refs, border_refs = take(n), take(n), take(n), take(n)
@@ -179,23 +179,23 @@ def adjoint(
         weights = _weights(weights_ref, tiles)
         blocks = tiles.blocks(first, time)
 
-        def block(step, carry):
-            i = blocks - 1 - step
+        def block(done, carry):
+            i = blocks - 1 - done
             rows = tiles.block(i)
             for k, buffer in enumerate(gate_buffers):
                 _spread(u_ref.at[:, k, rows], buffer, tiles)
             for ref, buffer in zip(given_refs, given_buffers, strict=True):
                 _spread(ref.at[:, rows], buffer, tiles)
-            for refs in zip(states_refs, border_refs, initial_refs, states_buffers, strict=True):
-                ref, border, start, buffer = refs
+            of_states = (states_refs, border_refs, initial_refs, states_buffers)
+            for ref, border, start, buffer in zip(*of_states, strict=True):
                 _spread(ref.at[:, rows], buffer, tiles, offset=1)
                 earlier = ref.at[:, tiles.block(jnp.maximum(i - 1, 0))]
                 _spread_before(i, tile, earlier, border, start, buffer, tiles)
             words = [_words(ref, i, tiles) for ref in words_refs]
 
-            def step(back, loop):
+            def step(done, loop):
                 carry, after, sums = loop
-                j = tiles.rows - 1 - back
+                j = tiles.rows - 1 - done
                 stored = tuple(_row(buffer, j + _SUBLANES - 1) for buffer in states_buffers)
                 before = stored
                 for word in words:
@@ -290,7 +290,7 @@ def adjoint(
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
-    """By tanh, which the chip has, and half its error; a division takes a dozen instructions."""
+    """By tanh, which the chip has, with half its error; a division takes a dozen instructions."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
@@ -337,9 +337,9 @@ class _Tiles(NamedTuple):
     def blocks(self, first, time: int):
         """Blocks with rows before `time`, in a tile whose first row is `first`."""
         full = self.time // self.rows
-        return (
-            full if time % self.time == 0 else jnp.minimum(full, pl.cdiv(time - first, self.rows))
-        )
+        if time % self.time == 0:
+            return full
+        return jnp.minimum(full, pl.cdiv(time - first, self.rows))
 
     def buffer(self, extra: int = 0):
         """Of `_spread`: eights of rows, columns, batch rows, 8 rows of time."""

@@ -70,7 +70,7 @@ class _Recurrent(nnx.Module):
             raise ValueError(
                 f"{type(self).__name__}: input has width {x.shape[-1]}, expected {self.in_width}"
             )
-        blocks = x.reshape(*x.shape[:-1], self.heads, -1)
+        blocks = x.reshape(*x.shape[:-1], self.heads, self.in_width // self.heads)
         u = jnp.einsum("...hi,higj->...ghj", blocks, self.weight[...].astype(x.dtype))
         return u.reshape(*x.shape[:-1], 3, self.width) + self.bias[...].astype(x.dtype)
 

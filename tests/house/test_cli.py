@@ -39,6 +39,11 @@ OPTIONS: dict[str, str] = {
         "--dtype --max-new-tokens --min-p --preset --prompt --prompt-file --seed --stop "
         "--temperature --tokenizer --top-k --top-p"
     ),
+    "scripts/synthetic_tasks.py": (
+        "--batch --check-every --epochs --held-out-rows --learning-rate --length --method --models "
+        "--note --out --report --seed --seeds --state-clip --stop-after --tasks --test-rows "
+        "--train-rows --weight-decay"
+    ),
     "scripts/train.py": "--dry-run --list --out --recipe --resume --seed --set",
 }
 

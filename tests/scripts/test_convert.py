@@ -223,6 +223,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, call, args, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recurrent_model_is_copied_and_becomes_no_transformer(tmp_path, call):
+    sizes = dict(vocab_size=32, width=16, mlp_width=24, depth=1)
+    zoo.save_pretrained(zoo.create("pararnn-tiny-gru", rngs=nnx.Rngs(0), **sizes), tmp_path / "rnn")
+    assert call("copy", tmp_path / "rnn", tmp_path / "again")[0] == 0
+    chex.assert_trees_all_equal(tensors(tmp_path / "rnn"), tensors(tmp_path / "again"))
+    said = call("inspect", "pararnn-400m-lstm")[1]
+    assert "size of     pararnn-400m-lstm" in said and "  cell            lstm" in said
+    for args in (("copy", "--to", "dense"), ("copy", "--to", "parscale"), ("retrofit",)):
+        more = ("--streams", "2") if args == ("retrofit",) else args[1:]
+        code, _, err = call(args[0], tmp_path / "rnn", tmp_path / "no", *more)
+        assert code == 2 and "ParaRNNLM" in err
+        assert not (tmp_path / "no").exists()
+
+
 def test_help_shows_examples():
     done = subprocess.run(
         [sys.executable, SCRIPTS / "convert.py", "--help"],

@@ -49,7 +49,23 @@ def parscale_table() -> list[str]:
     return lines
 
 
-TABLES = {"dense": dense_table, "parscale": parscale_table}
+def pararnn_table() -> list[str]:
+    lines = [
+        "| model | width | MLP | layers | heads | vocabulary | parameters |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in registry.list_models():
+        entry = registry.entry(name)
+        if entry.family == "pararnn" and entry.config.cell == "gru":
+            c = entry.config
+            lines.append(
+                f"| `{name.removesuffix('gru')}{{cell}}` | {c.width:,} | {c.mlp_width:,} "
+                f"| {c.depth} | {c.heads} | {c.vocab_size:,} | {c.parameter_count():,} |"
+            )
+    return lines
+
+
+TABLES = {"dense": dense_table, "parscale": parscale_table, "pararnn": pararnn_table}
 
 
 def test_every_family_has_a_card():

@@ -21,12 +21,15 @@ def golden(tmp_path):
 
 
 def some_config(name):
-    wide = dict(vocab_size=64, width=32, mlp_width=48, depth=2, heads=4, kv_heads=4, head_width=8)
+    wide = dict(vocab_size=64, width=32, mlp_width=48, depth=2, heads=4)
+    if name.startswith("pararnn"):
+        return wide
+    wide |= dict(kv_heads=4, head_width=8)
     return {**wide, "tie_embeddings": False} if name.startswith("dense") else wide
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("name", ["dense-tiny", "parscale-tiny-p2"])
+@pytest.mark.parametrize("name", ["dense-tiny", "parscale-tiny-p2", "pararnn-tiny-lstm"])
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1, 1), (1, 2, 2, 1, 2), (2, 1, 1, 1, 4)])
 @pytest.mark.parametrize("how", ["mesh", "preset"])
 def test_sharded_loading_equals_unsharded(tmp_path, name, shape, how):
@@ -70,7 +73,7 @@ def test_only_the_parts_of_a_device_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", registry.FAMILIES)
 def test_a_plain_mesh_places_as_the_rule_table_does(family):
-    names = {"dense": "qwen2.5-7b", "parscale": "parscale-1.8b-p4"}
+    names = {"dense": "qwen2.5-7b", "parscale": "parscale-1.8b-p4", "pararnn": "pararnn-7b-lstm"}
     config = zoo.entry(names[family]).config
     state = abstract_model(registry.FAMILIES[family], config)[1]
     sizes = dict(zip(pjit_configs.MESH_AXES, (1, 4, 4, 1, 2), strict=True))

@@ -179,6 +179,10 @@ def retrofit(
       ValueError: the trunk has streams already, or cannot be a ParScale trunk.
     """
     config = trunk.config
+    if not isinstance(trunk, CausalDecoder):
+        raise ValueError(
+            f"a ParScale trunk attends to what it reads; {type(trunk).__name__} does not"
+        )
     fields = {field.name for field in dataclasses.fields(ParScaleConfig)}
     known = {k: v for k, v in dataclasses.asdict(config).items() if k in fields}
     if known.get("streams", 1) != 1:

@@ -52,7 +52,7 @@ def schedule(
 
 
 def decays(path: tuple[Any, ...]) -> bool:
-    """The rule of weight decay: matrices do; norm scales, biases and prefixes do not.
+    """The rule of weight decay: matrices do; scales, biases and prefixes do not.
 
     Args:
       path: state path of a parameter, e.g. `("blocks", "block", "mlp", "up", "weight")`.

@@ -79,6 +79,7 @@ def pararnn_100m() -> Recipe:
         z_loss=1e-4,
         state_clip=0.5,
         preset="h100x1",
+        remat="none",
         eval_every=100,
         eval_batches=12,
         save_every=300,
@@ -91,7 +92,7 @@ def dense_100m() -> Recipe:
         model="dense-tiny",
         overrides={
             "width": 1024, "mlp_width": 2816, "depth": 8, "heads": 16, "kv_heads": 16,
-            "head_width": 64, "max_length": 1024, "tie_embeddings": False, "embedding_std": 0.02,
+            "head_width": 64, "max_length": 2048, "tie_embeddings": False, "embedding_std": 0.02,
         },
         attention="cudnn",
         state_clip=None,

@@ -19,7 +19,7 @@ def test_every_recipe_fits_its_model(name):
     chosen = recipe(name)
     preset = pjit_configs.preset(chosen.preset)
     config = model_config(chosen, preset)
-    assert chosen.length <= config.max_length
+    assert chosen.length <= getattr(config, "max_length", chosen.length)  # a recurrence has none
     nnx.eval_shape(lambda: registry.entry(chosen.model).model_class(config, rngs=nnx.Rngs(0)))
     assert Recipe.from_json(chosen.to_json()) == chosen
 

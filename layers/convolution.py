@@ -1,0 +1,76 @@
+"""Short causal convolution over time, each channel on its own."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hackle.layers.parameter import parameter
+
+
+class CausalConv(nnx.Module):
+    """`y_t = sum_k w_k x_{t - k}` over the last `taps` inputs, no bias: `[B, T, D] -> [B, T, D]`.
+
+    The weights `[taps, D]`, that of the newest input first, start as U(-1, 1) / sqrt(taps).
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+
+    def __init__(self, width: int, taps: int = 4, *, rngs: nnx.Rngs):
+        def init(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -1, 1) / taps**0.5
+
+        self.weight = parameter(rngs, (taps, width), ("taps", "state"), init)
+        self.taps = taps
+
+    def __call__(
+        self,
+        x: jax.Array,
+        tail: jax.Array | None = None,
+        *,
+        reset: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolves `x [B, T, D]`, in float32 or wider, and returns it in the dtype of `x`.
+
+        Args:
+          tail: `[B, taps - 1, D]`, the inputs before `x`; None is zeros.
+          reset: bool `[B, T]`; True starts anew: no output from there on sees inputs before it.
+          lengths: int `[B]`, how many inputs of each row count; None is all.
+
+        Returns:
+          `[B, T, D]`, and the tail for what follows the inputs that count.
+
+        Raises:
+          ValueError: an array of another shape.
+        """
+        batch, length, width = x.shape
+        before = self.taps - 1
+        if tail is None:
+            tail = jnp.zeros((batch, before, width), x.dtype)
+        given = {"tail": (tail, (batch, before, width)), "reset": (reset, (batch, length))}
+        for name, (array, shape) in {**given, "lengths": (lengths, (batch,))}.items():
+            if array is not None and array.shape != shape:
+                raise ValueError(f"CausalConv: {name} has shape {array.shape}, expected {shape}")
+        inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        # How many times each input's row has started; inputs of another count are not seen.
+        starts = None
+        if reset is not None:
+            starts = jnp.pad(jnp.cumsum(reset, axis=1, dtype=jnp.int32), ((0, 0), (before, 0)))
+        weight = self.weight[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+        out = weight[0] * x
+        for lag in range(1, self.taps):
+            at = slice(before - lag, before - lag + length)
+            part = weight[lag] * inputs[:, at]
+            if starts is not None:
+                part = jnp.where((starts[:, at] == starts[:, before:])[..., None], part, 0)
+            out = out + part
+        if lengths is None:
+            lengths = jnp.full((batch,), length)
+        last = lengths[:, None] + jnp.arange(before)
+        tail = jnp.take_along_axis(inputs, last[..., None], axis=1)
+        if starts is not None:
+            ahead = jnp.take_along_axis(starts, before - 1 + lengths[:, None], axis=1)
+            same = jnp.take_along_axis(starts, last, axis=1) == ahead
+            tail = jnp.where(same[..., None], tail, 0)
+        return out.astype(x.dtype), tail

@@ -1,0 +1,126 @@
+"""The Hopper kernels without a GPU: in interpret mode, and lowered for the chip.
+
+`test_methods.py` runs them on one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractMesh, AxisType
+
+from hackle.layers.recurrent import cells, fused_gpu, scan
+from hackle.layers.recurrent import fused_gpu_kernels as kernels
+from tests.layers.recurrent.reference import (
+    cotangents,
+    draw,
+    error,
+    exact_gradients,
+    relative_error,
+    solve,
+)
+
+try:
+    from jax.sharding import AbstractDevice
+except ImportError:  # not public before jax 0.11
+    from jax._src.mesh import AbstractDevice
+
+OURS = {"gru": cells.GRU(), "lstm": cells.LSTM()}
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason=f"jax {jax.__version__} has no interpret mode of Mosaic GPU; 0.11 has",
+)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell, shape, segments, dtype",
+    [
+        ("gru", (2, 29, 128), 2, jnp.float32),  # ragged
+        ("gru", (1, 16, 130), 1, jnp.bfloat16),  # channels beyond the lanes
+        ("lstm", (1, 24, 128), 2, jnp.float32),
+    ],
+)
+def test_interpreted_kernels(cell, shape, segments, dtype):
+    u, weights, initial, reset = draw(cell, shape, 0.9, resets=True, dtype=dtype)
+    reset = reset.at[:, :3].set(False)
+    given = (OURS[cell], u, weights, initial, reset)
+    how = {"segments": segments, "interpret": plgpu.InterpretGPUParams()}
+    states, final, product = fused_gpu.march(*given, **how)
+    want, last = solve(cell, *given[1:])
+    # A bfloat16 has 8 bits; what is carried on is float32.
+    rounding = 1 if dtype == jnp.float32 else 2**-8 / 5e-6
+    assert error(states, want) < 5e-6 * rounding and error(final, last) < 5e-6
+    assert error(product, scan.march(*given)[2]) < 5e-6
+    of_output, of_final = cotangents(cell, shape)
+    of_output = of_output.astype(dtype)
+    given_out = (None,) * (len(states) - 1) + (of_output,)
+    kept = tuple(jnp.asarray(x, dtype) for x in want)
+    got = fused_gpu.adjoint(*given, kept, given_out, of_final, **how)
+    exact = exact_gradients(cell, *given[1:], of_output, of_final)
+    assert relative_error(got, exact) < (1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+def lowered(function, *arguments):
+    """Its text for a Hopper that is not there."""
+    chip = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", OURS)
+def test_lowers_for_hopper(cell, dtype):
+    """Forwards with segments and resets, or neither; backwards likewise."""
+    n, spec = OURS[cell].states, jax.ShapeDtypeStruct
+    batch, time, width = 2, 512, 1024
+    u, series = spec((batch, time, 3, width), dtype), spec((batch, time, width), dtype)
+    weights = spec((OURS[cell].weights, width), jnp.float32)
+    state = (spec((batch, width), jnp.float32),) * n
+    segments = 1 if dtype == jnp.float32 else 4
+    reset = None if segments == 1 else spec((batch, time), jnp.bool_)
+    given = (u, weights, state, reset)
+    forward = functools.partial(fused_gpu.solve, OURS[cell], segments=segments)
+    backward = functools.partial(fused_gpu.adjoint, OURS[cell], segments=segments)
+    seen = (*[None] * (n - 1), series)
+    for function, arguments in (
+        (forward, given),
+        (backward, (*given, (series,) * n, seen, state)),
+    ):
+        assert "mosaic_gpu" in lowered(function, *arguments)
+
+
+def test_unsupported_says_why():
+    if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0":
+        half = jnp.zeros((1, 1, 3, 1), jnp.float16)
+        assert "stores float32 or bfloat16, got float16" in fused_gpu.unsupported(half)
+    else:
+        assert "needs" in fused_gpu.unsupported(jnp.zeros((1, 1, 3, 1)))
+
+
+@pytest.mark.parametrize("time, segments", [(2048, None), (1, None), (500, None), (500, 7), (9, 9)])
+@pytest.mark.parametrize("batch, width", [(1, 128), (8, 1024), (32, 4096)])
+def test_segments_cover_time_once(batch, width, time, segments):
+    shape = fused_gpu._shape(jnp.zeros((batch, time, 3, width), jnp.bfloat16), False, segments)
+    covered = shape.segments * shape.length
+    assert time <= covered < time + shape.length
+    assert shape.length % fused_gpu.ROWS == 0 and width % shape.tile == 0
+    if segments is None and batch * width >= 32 * 1024:
+        assert shape.segments == 1
+
+
+def test_fast_nonlinearities_are_right_to_float32():
+    x = np.concatenate([np.linspace(-30, 30, 20001), [-200, 200, 0]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    for fast, exact in (
+        (kernels._sigmoid, 1 / (1 + np.exp(-wide))),
+        (kernels._tanh, np.tanh(wide)),
+    ):
+        got = np.asarray(fast(jnp.asarray(x)))
+        assert np.all(np.isfinite(got)) and np.max(np.abs(got - exact)) < 3e-7

@@ -1,0 +1,154 @@
+"""What does not fit is refused in one line, before any compute."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from hackle.layers import recurrent
+
+U, A, P = jnp.zeros((2, 4, 3, 5)), jnp.zeros((3, 5)), jnp.zeros((2, 5))
+STATE = jnp.zeros((2, 5))
+
+
+@pytest.mark.parametrize(
+    "u, a, initial, options, text",
+    [
+        (
+            U[:, :, :2],
+            A,
+            None,
+            {},
+            r"gru: u must be .* \[batch, time, 3, width\], got float32 \(2,",
+        ),
+        (jnp.zeros((2, 4, 4, 5)), A, None, {}, r"got float32 \(2, 4, 4, 5\)"),
+        (U[0], A, None, {}, r"u must be .* got float32 \(4, 3, 5\)"),
+        (U.astype(jnp.int32), A, None, {}, "u must be floating-point .* got int32"),
+        (U[:, :0], A, None, {}, r"u has shape \(2, 0, 3, 5\); .* time .* at least 1"),
+        (U[:0], A, None, {}, r"u has shape \(0, 4, 3, 5\)"),
+        (U, A[:2], None, {}, r"a must be \[3, width\] = \(3, 5\), got \(2, 5\)"),
+        (U, A[:, :4], None, {}, r"a must be \[3, width\] = \(3, 5\), got \(3, 4\)"),
+        (U, A, STATE[:1], {}, r"initial_state must be .* = \(2, 5\), got \[\(1, 5\)\]"),
+        (U, A, STATE[:, :4], {}, r"initial_state must be .* = \(2, 5\), got \[\(2, 4\)\]"),
+        (U, A, (STATE, STATE), {}, r"initial_state must be 1 x .*, got \[\(2, 5\), \(2, 5\)\]"),
+        (
+            U,
+            A,
+            None,
+            {"reset": jnp.zeros((4, 2), bool)},
+            r"reset must be bool .* got bool \(4, 2\)",
+        ),
+        (U, A, None, {"reset": jnp.zeros((2, 4))}, r"reset must be bool .* got float32 \(2, 4\)"),
+        (U, A, None, {"lengths": jnp.zeros((2,))}, r"lengths must be integers .* got float32"),
+        (U, A, None, {"lengths": jnp.zeros((3,), int)}, r"lengths must be .* = \(2,\), got int32"),
+        (U, A, None, {"method": "fast"}, r"unknown method 'fast' .* one of \('scan', 'newton'"),
+        (U.at[0, 1, 2, 3].set(jnp.nan), A, None, {}, "gru: u has entries that are not finite"),
+        (U.at[1, 3, 0, 0].set(jnp.inf), A, None, {}, "gru: u has entries that are not finite"),
+    ],
+)
+def test_gru_refuses(u, a, initial, options, text):
+    with pytest.raises(ValueError, match=text) as caught:
+        recurrent.gru(u, a, initial, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "u, a, peephole, initial, text",
+    [
+        (U, A, A, None, r"lstm: peephole must be \[2, width\] = \(2, 5\), got \(3, 5\)"),
+        (U, P, P, None, r"lstm: a must be \[3, width\] = \(3, 5\), got \(2, 5\)"),
+        (U, A, P, STATE, r"lstm: initial_state must be 2 x .*, got \[\(2, 5\)\]"),
+        (
+            U,
+            A,
+            P,
+            (STATE, STATE[:, :1]),
+            r"initial_state must be 2 x .* got \[\(2, 5\), \(2, 1\)\]",
+        ),
+        (U[:, :0], A, P, None, r"lstm: u has shape \(2, 0, 3, 5\)"),
+    ],
+)
+def test_lstm_refuses(u, a, peephole, initial, text):
+    with pytest.raises(ValueError, match=text):
+        recurrent.lstm(u, a, peephole, initial)
+
+
+def test_shapes_are_checked_inside_jit_too():
+    with pytest.raises(ValueError, match="reset must be bool"):
+        jax.jit(lambda u: recurrent.gru(u, A, reset=jnp.zeros((2, 3), bool)))(U)
+
+
+def test_options_of_iteration_belong_to_methods_that_iterate():
+    for options in ({"tolerance": 1e-3}, {"max_iterations": 3}, {"fallback": True}):
+        with pytest.raises(ValueError, match="method 'scan' does not iterate"):
+            recurrent.gru_with_info(U, A, method="scan", **options)
+    with pytest.raises(ValueError, match="max_iterations=0; expected at least 1"):
+        recurrent.lstm_with_info(U, A, P, method="newton", max_iterations=0)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about a chip without a kernel")
+def test_a_kernel_without_its_chip_says_so():
+    with pytest.raises(NotImplementedError, match="method 'fused' of a recurrence: .* is "):
+        recurrent.gru(U, A, method="fused")
+
+
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"heads": 3}, "heads=3 must divide in_width=8 and width=4"),
+        ({"heads": 8}, "heads=8 must divide in_width=8 and width=4"),
+        ({"heads": 0}, "heads=0 must divide"),
+        ({"method": "fast"}, "method 'fast' is not one of"),
+        ({"init": "zeros"}, "init 'zeros' is not one of"),
+    ],
+)
+def test_layers_refuse(layer, options, text):
+    with pytest.raises(ValueError, match=f"{layer.__name__}: {text}"):
+        layer(8, 4, **options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+def test_layers_refuse_inputs(layer):
+    made = layer(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="input has width 7, expected 8"):
+        made(jnp.zeros((2, 3, 7)))
+    with pytest.raises(ValueError, match="initial_state must be"):
+        made(jnp.zeros((2, 3, 8)), made.initial_state(3))
+    with pytest.raises(ValueError, match="at least 1"):
+        made(jnp.zeros((2, 0, 8)))
+
+
+def plus(state, x):
+    return state + x
+
+
+X, H = jnp.zeros((4, 2)), jnp.zeros((2,))
+
+
+@pytest.mark.parametrize(
+    "step, inputs, state, options, text",
+    [
+        (plus, X[:0], H, {}, r"no time steps \(T = 0\)"),
+        (lambda h, x: h + x["a"], {"a": X, "b": X[:3]}, H, {}, r"differ in length: \[4, 3\]"),
+        (plus, {}, H, {}, r"inputs must be arrays \[T, ...\], got shapes \[\]"),
+        (plus, jnp.zeros(()), H, {}, r"inputs must be arrays \[T, ...\], got shapes \[\(\)\]"),
+        (plus, X, jnp.zeros((2,), int), {}, r"state must be floating-point .* got \['int32'\]"),
+        (plus, X, jnp.zeros((1,)), {}, r"step turns a state of .*\(1,\).* into .*\(2,\)"),
+        (plus, X, (), {}, "state must be floating-point"),
+        (plus, X, H, {"jacobian": "banded"}, "jacobian 'banded' is not one of"),
+        (plus, X, H, {"method": "shooting"}, "method 'shooting' is not one of"),
+        (plus, X, H, {"max_iterations": 0}, "max_iterations=0; expected at least 1"),
+        (
+            lambda h, x: (h[0] + x, h[1]),
+            X,
+            (H, jnp.zeros((3,))),
+            {"jacobian": "block"},
+            "arrays of a block must have one shape",
+        ),
+    ],
+)
+def test_newton_scan_refuses(step, inputs, state, options, text):
+    with pytest.raises(ValueError, match=f"newton_scan: .*{text}") as caught:
+        recurrent.newton_scan(step, inputs, state, **options)
+    assert "\n" not in str(caught.value)
