@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # Imported at first use: they need more than jax, flax and numpy.
-_PARTS = ("data", "dense", "generate", "parscale", "train")
+_PARTS = ("data", "dense", "generate", "pararnn", "parscale", "tasks", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ section 3). A vector is a tuple of arrays; a matrix is one of three kinds:
 - one array `[..., D, D]`, on a vector of one array `[..., D]`: everything depends on everything.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ class Diagonal(NamedTuple):
 Matrix = Diagonal | Block | jax.Array
 
 
-def compose(second: Matrix, first: Matrix) -> Matrix:
-    """The matrix of `first` and then `second`."""
+def compose(second: Any, first: Any) -> Any:
+    """The matrix of `first` and then `second`, all of one kind."""
     if isinstance(second, Diagonal):
         return Diagonal(apply(second, first.entries))
     if isinstance(second, tuple):
@@ -46,7 +46,7 @@ def apply(matrix: Matrix, vector: Arrays) -> Arrays:
     return (jnp.einsum("...ij,...j->...i", matrix, vector[0], precision="highest"),)
 
 
-def transposed(matrix: Matrix) -> Matrix:
+def transposed(matrix: Any) -> Any:
     if isinstance(matrix, Diagonal):
         return matrix
     if isinstance(matrix, tuple):
@@ -69,10 +69,10 @@ def solve_transposed(jacobian: Matrix, rhs: Arrays, axis: int) -> Arrays:
     # Each time takes the Jacobian of the step after it; the last one's has no part in it.
     ahead = jax.tree.map(lambda x: jnp.roll(x, -1, axis), transposed(jacobian))
     flipped = jax.tree.map(lambda x: jnp.flip(x, axis), (ahead, rhs))
-    return tuple(jnp.flip(x, axis) for x in solve(*flipped, axis))
+    return tuple(jnp.flip(x, axis) for x in solve(flipped[0], flipped[1], axis))
 
 
-def product(matrix: Matrix, axis: int) -> Matrix:
+def product(matrix: Any, axis: int) -> Any:
     """The product over `axis` (one of the leading ones), the first factor rightmost."""
     whole = lax.associative_scan(lambda first, second: compose(second, first), matrix, axis=axis)
     return jax.tree.map(lambda x: lax.index_in_dim(x, -1, axis, keepdims=False), whole)

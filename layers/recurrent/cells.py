@@ -7,10 +7,11 @@ of arrays, pre-activations are three arrays, and weights are one array per row o
 channel, since no channel reads another's state.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ Arrays = tuple[jax.Array, ...]
 Block = tuple[Arrays, ...]
 
 
-class GRU(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GRU:
     """`z = sig(a_z h + u_z)`, `r = sig(a_r h + u_r)`, `c = tanh(a_c (h r) + u_c)`,
     `h' = (1 - z) h + z c`. Rows of u and of the weights: z, r, c. Always `|h| <= 1`.
 
@@ -29,9 +31,9 @@ class GRU(NamedTuple):
     sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
     tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
 
-    states = 1
-    weights = 3
-    name = "gru"
+    states: ClassVar[int] = 1
+    weights: ClassVar[int] = 3
+    name: ClassVar[str] = "gru"
 
     def step(self, state: Arrays, u: Arrays, weights: Arrays) -> Arrays:
         (h,) = state
@@ -82,7 +84,8 @@ class GRU(NamedTuple):
         return du[0] * h, du[1] * h, du[2] * (h * r)
 
 
-class LSTM(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LSTM:
     """Coupled input and forget gates, with peepholes. State (c, h); rows of u: f, o, z; weights
     a_f, a_o, a_z, then the peepholes p_f, p_o.
 
@@ -93,9 +96,9 @@ class LSTM(NamedTuple):
     sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
     tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
 
-    states = 2
-    weights = 5
-    name = "lstm"
+    states: ClassVar[int] = 2
+    weights: ClassVar[int] = 5
+    name: ClassVar[str] = "lstm"
 
     def step(self, state: Arrays, u: Arrays, weights: Arrays) -> Arrays:
         c, h = state

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from hackle.layers.recurrent import fused_gpu, fused_tpu, newton, over_devices, scan, shooting
-from hackle.layers.recurrent.cells import GRU, LSTM, Arrays, Cell
+from hackle.layers.recurrent.cells import GRU, LSTM, Arrays, Block, Cell
 from hackle.layers.recurrent.newton import SolveInfo
 
 _log = logging.getLogger("hackle")
@@ -102,7 +102,7 @@ def lstm(
       As `gru`.
     """
     states, final, _ = _run(LSTM(), u, (a, peephole), initial_state, reset, lengths, method, None)
-    return states[1], final
+    return states[1], (final[0], final[1])
 
 
 def gru_with_info(
@@ -150,7 +150,7 @@ def lstm_with_info(
     states, final, info = _run(
         LSTM(), u, (a, peephole), initial_state, reset, lengths, method, options
     )
-    return states[1], final, info
+    return states[1], (final[0], final[1]), info
 
 
 def _run(
@@ -181,7 +181,7 @@ def _run(
     if options is None and method in _ITERATIVE:
         _report(cell.name, method, info)
     if lengths is not None:
-        states, final = _end_at(lengths, states, initial)
+        states, final = _end_at(lengths, states, initial, final)
     return (states if every else (None,) * (cell.states - 1) + states), final, info
 
 
@@ -192,7 +192,7 @@ def _solve(cell, method, options, at, every, u, weights, initial, reset):
 
 def _forward(cell, method, options, at, every, u, weights, initial, reset):
     arrays = (u, weights, initial, reset)
-    products = ()
+    products: Block = ()
     if at is not None:
         states, final, products, gap = over_devices.solve(_module(method), at, cell, *arrays)
         info = _examined(cell, arrays, states, gap <= shooting.TOLERANCE)
@@ -217,20 +217,24 @@ def _iterated(module, cell, options: Options, arrays) -> tuple[Arrays, Arrays, S
 
 
 def _examined(cell, arrays, states: Arrays, converged) -> SolveInfo:
-    zero = jnp.zeros((), jnp.int32)
-    return newton.examine(cell, *arrays, states, iterations=zero, converged=converged)
+    u, weights, initial, reset = arrays
+    return newton.examine(
+        cell, u, weights, initial, reset, states,
+        iterations=jnp.zeros((), jnp.int32), converged=converged,
+    )  # fmt: skip
 
 
 def _backward(cell, method, options, at, every, kept, cotangents):
-    *arrays, states, products = kept
+    u, weights, initial, reset, states, products = kept
     given, final, _ = cotangents
     given = given if every else (None,) * (cell.states - 1) + given
     module = _module(method)
     if at is None:
-        gradients = module.adjoint(cell, *arrays, states, given, final)
+        gradients = module.adjoint(cell, u, weights, initial, reset, states, given, final)
     else:
-        gradients = over_devices.adjoint(module, at, cell, *arrays, states, products, given, final)
-    reset = arrays[-1]
+        gradients = over_devices.adjoint(
+            module, at, cell, u, weights, initial, reset, states, products, given, final
+        )
     return *gradients, None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
 
 
@@ -243,15 +247,19 @@ def _module(method: str) -> ModuleType:
     return {"scan": scan, **_ITERATIVE}[method]
 
 
-def _end_at(lengths: jax.Array, states: Arrays, initial: Arrays) -> tuple[Arrays, Arrays]:
+def _end_at(
+    lengths: jax.Array, states: Arrays, initial: Arrays, final: Arrays
+) -> tuple[Arrays, Arrays]:
     """States after each row's length are 0; its final state is the last one that counts."""
-    inside = jnp.arange(states[0].shape[1]) < lengths[:, None]
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    time = states[0].shape[1]
+    inside = jnp.arange(time) < lengths[:, None]
+    last = jnp.clip(lengths - 1, 0, time - 1)[:, None, None]
+    # Of a row that counts to its end the final state is the one that was not rounded for storage.
+    none, whole = (lengths <= 0)[:, None], (lengths >= time)[:, None]
+    inner = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in states)
     final = tuple(
-        jnp.where(
-            lengths[:, None] > 0, jnp.take_along_axis(x, last, axis=1)[:, 0].astype(h.dtype), h
-        )
-        for x, h in zip(states, initial, strict=True)
+        jnp.where(none, h, jnp.where(whole, f, x.astype(f.dtype)))
+        for h, f, x in zip(initial, final, inner, strict=True)
     )
     return tuple(jnp.where(inside[..., None], x, 0) for x in states), final
 

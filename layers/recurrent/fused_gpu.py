@@ -133,14 +133,14 @@ def adjoint(
     if shape.segments > 1:
         nothing = jnp.zeros((shape.segments, *final[0].shape), jnp.float32)
         kernel = backward(cell, shape, which, write=False, interpret=interpret)
-        out = tuple(kernel(*arrays, *(nothing,) * n))
-        sent, block = out[:n], tuple(out[n + i * n : n + (i + 1) * n] for i in range(n))
+        sent, products = _split(kernel(*arrays, *(nothing,) * n), n)
+        block = tuple(products[i * n : (i + 1) * n] for i in range(n))
         ahead = tuple(
             jnp.concatenate([x[1:], last[None]]) for x, last in zip(sent, final, strict=True)
         )
         entries = affine.solve_transposed(block, ahead, 0)
     kernel = backward(cell, shape, which, write=True, interpret=interpret)
-    du, dweights, *sent = kernel(*arrays, *entries)
+    (du, dweights), sent = _split(kernel(*arrays, *entries), 2)
     return (
         du[..., :width],
         jnp.sum(dweights, axis=(0, 1))[:, :width],

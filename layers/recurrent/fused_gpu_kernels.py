@@ -6,7 +6,6 @@ stays in registers, and results go straight to global memory. Lanes never exchan
 wait for each other only once a tile, before its place in shared memory is filled again.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,6 +84,10 @@ def _fast(cell: Cell) -> Cell:
     return type(cell)(sigmoid=_sigmoid, tanh=_tanh)
 
 
+# Where these kernels run, an index is no argument of it any more.
+_load: Callable[..., jax.Array] = plgpu.load
+
+
 class _Lanes:
     """Reads and fills vectors of one number a channel, in registers."""
 
@@ -94,11 +97,11 @@ class _Lanes:
 
     def once(self, ref) -> jax.Array:
         """From global memory."""
-        return plgpu.load(ref, layout=self._layout, optimized=False)
+        return _load(ref, layout=self._layout, optimized=False)
 
     def row(self, ref, *index) -> jax.Array:
         """From a tile in shared memory, as float32."""
-        return plgpu.load(ref.at[index], layout=self._layout).astype(jnp.float32)
+        return _load(ref.at[index], layout=self._layout).astype(jnp.float32)
 
     def full(self, value: float) -> jax.Array:
         return plgpu.layout_cast(jnp.full((self._tile,), value, jnp.float32), self._layout)
@@ -149,8 +152,8 @@ def forward(
     grid = (1, *shape.grid[1:]) if role == "last" else shape.grid
 
     def body(*refs):
-        refs, lanes = list(refs), _Lanes(shape)
-        take = lambda k: [refs.pop(0) for _ in range(k)]
+        left, lanes = list(refs), _Lanes(shape)
+        take = lambda k: [left.pop(0) for _ in range(k)]
         (u_ref, weights_ref, initial_ref), keep_refs = take(3), take(int(shape.reset))
         if role != "first":
             old_entry_refs, old_end_refs, old_product_refs = take(n), take(n), take(n * n)
@@ -230,8 +233,9 @@ def forward(
             moved = _moved(lanes, entry, was, moved)
             move = tuple(e - w for e, w in zip(entry, was, strict=True))
             new = tuple(e + m for e, m in zip(end, apply(product, move), strict=True))
-            bound = [jnp.maximum(jnp.abs(x), 1.0) for x in initial]
-            bound = functools.reduce(jnp.maximum, bound)
+            bound = lanes.full(1.0)
+            for x in initial:
+                bound = jnp.maximum(bound, jnp.abs(x))
             new = tuple(jnp.minimum(jnp.maximum(x, -bound), bound) for x in new)
             # Where a product overflowed, the end itself.
             new = tuple(jnp.where(x - x == 0.0, x, e) for x, e in zip(new, end, strict=True))
@@ -307,8 +311,8 @@ def backward(
     stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * arrays * itemsize)))
 
     def body(*refs):
-        refs, lanes = list(refs), _Lanes(shape)
-        take = lambda k: [refs.pop(0) for _ in range(k)]
+        left, lanes = list(refs), _Lanes(shape)
+        take = lambda k: [left.pop(0) for _ in range(k)]
         (u_ref, weights_ref, initial_ref), keep_refs = take(3), take(int(shape.reset))
         states_refs, border_refs, given_refs = take(n), take(n), take(sum(given))
         entry_refs = take(n)

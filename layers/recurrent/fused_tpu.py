@@ -26,7 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hackle.layers.recurrent.cells import Arrays, Cell, apply, transposed
+from hackle.layers.recurrent import newton
+from hackle.layers.recurrent.cells import Arrays, Block, Cell, apply, transposed
 
 _LANES = 128
 _SUBLANES = 8
@@ -131,6 +132,14 @@ def solve(
         name=f"{cell.name}_forward",
     )(jnp.swapaxes(u, 1, 2), weights, *initial, *resets)
     return tuple(out[:n]), tuple(out[n:])
+
+
+def march(
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
+) -> tuple[Arrays, Arrays, Block]:
+    """As `scan.march`; the Jacobians are multiplied outside the kernel."""
+    states, final = solve(cell, u, weights, initial, reset)
+    return states, final, newton.product(cell, u, weights, initial, reset, states)
 
 
 def adjoint(

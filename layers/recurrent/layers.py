@@ -85,13 +85,11 @@ class _Recurrent(nnx.Module):
 
     def step(self, x: jax.Array, state: jax.Array | Arrays) -> tuple[jax.Array, jax.Array | Arrays]:
         """One step, for decoding: `x [B, Din]` and the state to `y [B, D]` and the next state."""
-        many = self.cell.states > 1
         u = self.project(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         rows = tuple(row for w in self._weights() for row in w.astype(u.dtype))
-        new = self.cell.step(
-            tuple(state) if many else (state,), tuple(u[:, k] for k in range(3)), rows
-        )
-        return new[-1].astype(x.dtype), new if many else new[0]
+        old = state if isinstance(state, tuple) else (state,)
+        new = self.cell.step(old, tuple(u[:, k] for k in range(3)), rows)
+        return new[-1].astype(x.dtype), new if len(new) > 1 else new[0]
 
 
 class ParaGRU(_Recurrent):

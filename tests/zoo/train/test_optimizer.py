@@ -8,7 +8,7 @@ from flax import nnx
 
 from hackle import zoo
 from hackle.zoo.errors import UserError
-from hackle.zoo.train.optimizer import AdamW, decays, is_state_weight, mask_of, schedule
+from hackle.zoo.train.optimizer import AdamW, decays, mask_of, schedule
 from tests.zoo.train.small import SIZES
 
 
