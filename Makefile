@@ -20,7 +20,7 @@ help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-demo
-	@$(BIN)/python scripts/demo.py
+	@JAX_PLATFORMS=cpu $(BIN)/python scripts/demo.py
 
 test: lint types test-fast
 

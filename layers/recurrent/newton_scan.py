@@ -113,29 +113,31 @@ def newton_scan(
 
 
 def _one_more(evaluate: Callable[[Arrays], Arrays], matrix: Matrix, states: Arrays) -> Arrays:
-    """One Newton step from the solution. It moves nothing, but it can be differentiated: what it
-    does to a change of f is what the implicit function theorem says."""
+    """One Newton step from the solution. It moves nothing, for its residual is exactly zero, but it
+    can be differentiated: what it does to a change of f is what the implicit function theorem says.
+    """
 
     def system(x: Arrays) -> Arrays:
         """`x_t - J_t x_(t-1)`."""
         before = affine.shifted(jax.tree.map(lambda a: jnp.zeros_like(a[0]), x), x, 0)
         return tuple(a - b for a, b in zip(x, affine.apply(matrix, before), strict=True))
 
-    residual = tuple(f - h for f, h in zip(evaluate(states), states, strict=True))
+    residual = tuple(f - lax.stop_gradient(f) for f in evaluate(states))
     delta = lax.custom_linear_solve(
         system,
         residual,
         lambda _, rhs: affine.solve(matrix, rhs, 0),
         lambda _, rhs: affine.solve_transposed(matrix, rhs, 0),
     )
-    return tuple(h + d for h, d in zip(states, delta, strict=True))
+    # Where products of Jacobians overflow, zero times them is not a number.
+    return tuple(h + jnp.where(jnp.isfinite(d), d, 0) for h, d in zip(states, delta, strict=True))
 
 
 def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal") -> None:
     """Raises ValueError if the Jacobian of `step` is not of the declared kind at this point.
 
     Compares the derivative along one random direction with what the declared Jacobian says of
-    it. Not inside jit.
+    it. Not inside jit or grad.
 
     Args:
       input: what `step` takes at one time.
@@ -151,6 +153,8 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
     along = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, at, strict=True))
     true = jax.jvp(one, (at,), (along,))[1]
     said = affine.apply(_linearized(one, at, jacobian)[1], along)
+    if any(isinstance(x, jax.core.Tracer) for x in (*true, *said)):
+        raise ValueError("check_jacobian needs numbers; call it outside jit and grad")
     gap = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(true, said, strict=True))
     size = max(float(jnp.max(jnp.abs(x))) for x in true)
     if not gap <= 1e3 * float(jnp.finfo(at[0].dtype).eps) * max(size, 1):

@@ -1,5 +1,5 @@
 """One suite for all methods of `recurrent.gru` and `recurrent.lstm`: values, gradients, carried
-states, resets, lengths, dtypes, odd sizes, sharded arrays.
+states, resets, lengths, dtypes, odd sizes.
 
 Where each acceptance check of the recurrences is:
 
@@ -16,7 +16,7 @@ Where each acceptance check of the recurrences is:
 | 8 | a carried state | test_two_calls_are_one |
 | 9 | resets | test_reset_separates_documents, test_states_are_exact |
 | 10 | padding | test_what_follows_the_length_changes_nothing |
-| 11 | sharded over time and channels | test_sharded_is_unsharded |
+| 11 | sharded over time and channels | test_over_devices: test_sharded_is_unsharded |
 | 12 | bfloat16 | test_bfloat16_stores_and_float32_computes, test_bfloat16_gradients |
 | 13 | large weights fall back | test_newton: test_large_weights_are_reported_and_fall_back |
 | 14 | odd sizes | test_odd_sizes |
@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.layers.recurrent.reference import (
     CELLS,
@@ -232,38 +231,3 @@ def test_no_initial_state_is_zero_and_no_method_is_some_method(cell):
     got = run(cell, None, u, weights, None)
     states, last = solve(cell, u, weights, zeros)
     assert error(got, (states[-1], last)) < 5e-6
-
-
-def _sharded(mesh, given, seeds):
-    """Arrays of time over `seq`, channels over `tensor`."""
-
-    def put(x):
-        axes = {4: (None, "seq", None, "tensor"), 3: (None, "seq", "tensor")}.get(x.ndim)
-        if axes is None:
-            axes = (None, "seq") if x.dtype == bool else (None, "tensor")
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    return jax.tree.map(put, (given, seeds))
-
-
-@pytest.mark.devices(8)
-@pytest.mark.parametrize(
-    "cell, method, seq, tensor",
-    [
-        pytest.param(
-            cell, method, seq, tensor,
-            marks=[] if cell == "gru" and seq * tensor == 8 else pytest.mark.slow,
-        )
-        for cell in CELLS
-        for method in METHODS
-        for seq, tensor in ((2, 1), (4, 1), (8, 1), (2, 4))
-    ],
-)  # fmt: skip
-def test_sharded_is_unsharded(cell, method, seq, tensor):
-    given, seeds = draw(cell, WHOLE, 0.9, resets=True), cotangents(cell, WHOLE)
-    devices = np.asarray(jax.devices()[: seq * tensor]).reshape(seq, tensor)
-    placed, placed_seeds = _sharded(Mesh(devices, ("seq", "tensor")), given, seeds)
-    assert len(placed[0].sharding.device_set) == seq * tensor
-    assert error(run(cell, method, *placed), run(cell, method, *given)) < 2e-6
-    got = gradients(cell, method, *placed, *placed_seeds)
-    assert relative_error(got, gradients(cell, method, *given, *seeds)) < 2e-6

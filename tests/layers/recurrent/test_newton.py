@@ -109,11 +109,10 @@ def test_info_is_what_it_says(cell):
 
 def test_log_jacobian_is_negative_where_the_past_is_forgotten():
     forgets = with_info("gru", "scan", *from_zero("gru", 0.5), None)[2]
-    u, weights, initial = from_zero("gru", 8)
-    # Small pre-activations leave the large weights to act.
-    resists = with_info("gru", "scan", 0.1 * u, jnp.abs(weights), initial, None)[2]
-    assert float(forgets.log_jacobian) < -0.3
-    assert float(resists.log_jacobian) > float(forgets.log_jacobian)
+    u, weights, initial = from_zero("gru", 0.5)
+    slow = u.at[:, :, 0].add(-3)  # update gates nearly closed
+    keeps = with_info("gru", "scan", slow, weights, initial, None)[2]
+    assert float(forgets.log_jacobian) < -0.5 < -0.15 < float(keeps.log_jacobian) < 0
 
 
 @pytest.mark.parametrize("method", ["scan", "newton", "shooting"])
@@ -201,9 +200,9 @@ def test_what_is_not_a_number_is_reported_inside_jit(method):
     for bad in (np.nan, np.inf):
         spoilt = u.at[0, 7, 2, 3].set(bad)
         output, _, info = with_info("gru", method, spoilt, weights, initial, None)
-        if np.isnan(bad):
+        if np.isnan(bad):  # an infinite one saturates its gate, and that is a number
             assert not info.converged
-            assert np.all(np.isnan(output[0, 7:, 3]))
+            assert np.isnan(output[0, 7, 3])
         # Channels that do not see it are right.
         states, _ = solve("gru", u, weights, initial)
         assert error(output[..., :3], states[0][..., :3]) < 5e-6

@@ -198,8 +198,7 @@ def test_chaos_is_reported_and_falls_back():
     fallen, info = newton_scan(wild, inputs, start, max_iterations=8, fallback=True)
     assert not info.converged
     scanned, _ = newton_scan(wild, inputs, start, method="scan")
-    # One correction follows, to be differentiated; it adds what rounding is there.
-    assert np.all(np.isfinite(fallen)) and error(fallen[:32], scanned[:32]) < 1e-4
+    np.testing.assert_array_equal(fallen, scanned)
 
 
 def test_a_cell_that_diverges_is_reported():
@@ -215,14 +214,14 @@ def test_inputs_that_are_not_numbers_are_reported(method):
     inputs["push"] = inputs["push"].at[9, 0].set(jnp.nan)
     states, info = by_newton("diagonal", params, inputs, state, method=method)
     assert not info.converged
-    assert np.isnan(states["h"][9:, 0]).all()
+    assert np.isnan(states["h"][9, 0]) and np.isfinite(states["h"][:, 1:]).all()
 
 
 def test_the_bound_keeps_iterates_where_states_are():
     """Steep units that answer in [-1, 1]: Newton's method overshoots, projection does not."""
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(256, 16)), jnp.float32)
-    step = lambda h, x: jnp.tanh(2.5 * h + x)
+    step = lambda h, x: jnp.tanh(1.5 * h + x)
     seen = []
 
     def watched(h, x):

@@ -174,7 +174,7 @@ def test_linen_face_is_the_layer(cell):
         getattr(layer, name).set_value(value)
     assert error((y, final), layer(x)) < 1e-6
     state = layer.initial_state(2)
-    stepped = face.apply(params, x[:, 0], state, method="step")
+    stepped = face.apply(params, x[:, 0], state, nnx_method="step")
     assert error(stepped, layer.step(x[:, 0], state)) < 1e-6
     again, _ = face.apply(params, x, final, reset=jnp.ones((2, 7), bool))
     assert error(again, layer(x, reset=jnp.ones((2, 7), bool))[0]) < 1e-6

@@ -1,0 +1,160 @@
+"""A recurrence over a mesh equals that on one device, and only border states travel."""
+
+import functools
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hackle.layers import recurrent
+from hackle.layers.sharding import axis_rules
+
+AXES = ("data", "seq", "tensor")
+RULES = {"batch": "data", "length": "seq", "state": "tensor"}
+COLLECTIVE = re.compile(
+    r"= \(?\w+\[([\d,]*)\][^=]*? "
+    r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+)
+BATCH, WIDTH = 2, 8
+
+
+def mesh(data=1, seq=1, tensor=1) -> Mesh:
+    devices = np.array(jax.devices()[: data * seq * tensor])
+    return Mesh(devices.reshape(data, seq, tensor), AXES)
+
+
+@functools.cache
+def arguments(cell: str, time: int, size: float):
+    """`(u, weights, initial state, cotangents)`; every state weight is +-size."""
+    rng = np.random.default_rng(7)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    signs = lambda rows: jnp.asarray(rng.choice([-size, size], (rows, WIDTH)), jnp.float32)
+    initial = jnp.asarray(rng.uniform(-1, 1, (BATCH, WIDTH)), jnp.float32)
+    weights = (signs(3),) if cell == "gru" else (signs(3), signs(2))
+    state = initial if cell == "gru" else (0.5 * initial, initial)
+    reset = jnp.asarray(rng.random((BATCH, time)) < 0.01).at[:, time // 2].set(True)
+    given = normal(BATCH, time, WIDTH), normal(BATCH, WIDTH)
+    return normal(BATCH, time, 3, WIDTH), weights, state, reset, given
+
+
+def gradients(cell: str, method: str, u, weights, initial, reset, given):
+    """States, final states, and gradients of a sum over both."""
+
+    def loss(u, weights, initial):
+        states, final = getattr(recurrent, cell)(u, *weights, initial, reset=reset, method=method)
+        ends = sum(jnp.sum(x * given[1]) for x in jax.tree.leaves(final))
+        return jnp.sum(states * given[0]) + ends, (states, final)
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(u, weights, initial)
+
+
+def over(where: Mesh, f, u, *others):
+    """`f` compiled and run with u over the mesh: results and compiled text."""
+
+    def run(*arrays):
+        with axis_rules(RULES):
+            return f(*arrays)
+
+    with jax.set_mesh(where):
+        spec = PartitionSpec("data", "seq", None, "tensor")
+        u = jax.device_put(u, NamedSharding(where, spec))
+        jitted = jax.jit(run)
+        return jitted(u, *others), jitted.lower(u, *others).compile().as_text()
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Kind of collective -> numbers in its largest one."""
+    found: dict[str, int] = {}
+    for shape, kind in COLLECTIVE.findall(text):
+        size = math.prod(int(n) for n in shape.split(",") if n)
+        found[kind] = max(found.get(kind, 0), size)
+    return found
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(
+    ("cell", "method", "size", "where"),
+    [
+        ("gru", "scan", 0.9, {"seq": 2}),
+        ("gru", "shooting", 2.0, {"seq": 4}),
+        ("gru", "scan", 2.0, {"seq": 8}),
+        ("lstm", "scan", 2.0, {"seq": 8}),
+        ("lstm", "shooting", 0.9, {"data": 2, "seq": 2, "tensor": 2}),
+        ("gru", "newton", 0.5, {"data": 2, "seq": 4}),
+    ],
+)
+def test_devices_equal_one(cell, method, size, where):
+    u, weights, initial, reset, given = arguments(cell, 512, size)
+    f = functools.partial(gradients, cell, method)
+    alone = jax.jit(f)(u, weights, initial, reset, given)
+    spread, _ = over(mesh(**where), f, u, weights, initial, reset, given)
+
+    def close(a, b):  # gradients of weights are sums over all times
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, float(jnp.max(jnp.abs(b)))))
+
+    chex.assert_trees_all_equal_shapes(spread, alone)
+    jax.tree.map(close, spread, alone)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_only_borders_travel(cell):
+    sizes = []
+    for time in (512, 1024):
+        u, weights, initial, reset, given = arguments(cell, time, 0.9)
+        f = functools.partial(gradients, cell, "scan")
+        _, text = over(mesh(seq=8), f, u, weights, initial, reset, given)
+        sizes.append(collectives(text))
+    assert sizes[0] == sizes[1]  # whatever T
+    # The largest: the rows of u from which a device guesses its entry, and N x N products of all.
+    assert sizes[0]["collective-permute"] == BATCH * 64 * 3 * WIDTH
+    assert sizes[0]["all-gather"] == 8 * BATCH * WIDTH
+    assert sizes[0]["all-reduce"] <= 5 * WIDTH * BATCH
+
+
+@pytest.mark.devices(8)
+def test_channels_and_rows_need_nothing():
+    u, weights, initial, reset, _ = arguments("gru", 64, 0.9)
+
+    def forward(u, weights, initial, reset):
+        return recurrent.gru(u, *weights, initial, reset=reset, method="scan")
+
+    _, text = over(mesh(data=2, tensor=4), forward, u, weights, initial, reset)
+    assert collectives(text) == {}
+
+
+@pytest.mark.devices(8)
+def test_one_that_forgets_nothing_is_exact():
+    """Gates that never open: the entry states are the initial state, far from any guess."""
+    u = jnp.full((1, 256, 3, 4), -8.0)
+    initial = jnp.linspace(-0.9, 0.9, 4)[None]
+    f = lambda u: recurrent.gru(u, jnp.full((3, 4), 0.1), initial, method="scan")
+    (states, final), _ = over(mesh(seq=8), f, u)
+    alone = f(u)
+    np.testing.assert_allclose(states, alone[0], atol=2e-6)
+    np.testing.assert_allclose(final, alone[1], atol=2e-6)
+
+
+@pytest.mark.devices(8)
+def test_time_that_does_not_divide_is_named():
+    u = jnp.zeros((1, 12, 3, 4))
+    f = lambda u: recurrent.gru(u, jnp.zeros((3, 4)), method="scan")
+    with (
+        jax.set_mesh(mesh(seq=8)),
+        axis_rules(RULES),
+        pytest.raises(ValueError, match="time 12 does not divide over 8 devices"),
+    ):
+        jax.jit(f)(u)
+
+
+@pytest.mark.devices(8)
+def test_a_tolerance_over_a_mesh_is_refused():
+    u = jnp.zeros((1, 16, 3, 4))
+    f = lambda u: recurrent.gru_with_info(u, jnp.zeros((3, 4)), method="newton", tolerance=1e-3)
+    with jax.set_mesh(mesh(seq=8)), axis_rules(RULES), pytest.raises(NotImplementedError):
+        jax.jit(f)(u)
