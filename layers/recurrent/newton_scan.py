@@ -47,8 +47,8 @@ def newton_scan(
       jacobian: how the numbers of a state depend on those before. "diagonal": each on itself
         alone (one derivative a step). "block": the state has N arrays of one shape, and the N
         numbers at each place depend on each other (N derivatives). "dense": no structure (as many
-        derivatives as numbers). What is declared too narrowly still converges, slowly, and has
-        wrong gradients; see `check_jacobian`.
+        derivatives as numbers). What is declared too narrowly still converges, slowly and only to
+        about the tolerance, and has wrong gradients; see `check_jacobian`.
       method: "newton", or "scan" for one step after the other; None is "newton".
       tolerance: of the largest correction, relative to the largest state where that exceeds 1.
         None is `eps^(2/3)` of the dtype; 0 runs `max_iterations` steps.

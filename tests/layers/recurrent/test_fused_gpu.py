@@ -30,14 +30,13 @@ except ImportError:  # not public before jax 0.11
 
 OURS = {"gru": cells.GRU(), "lstm": cells.LSTM()}
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__} has no interpret mode of Mosaic GPU; 0.11 has",
+recent = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason=f"the kernel needs Pallas of jax 0.11 or newer, this is {jax.__version__}",
 )
 
 
-@interpreted
-@pytest.mark.slow
+@recent
 @pytest.mark.parametrize(
     "cell, shape, segments, dtype",
     [
@@ -66,6 +65,38 @@ def test_interpreted_kernels(cell, shape, segments, dtype):
     assert relative_error(got, exact) < (1e-5 if dtype == jnp.float32 else 2e-2)
 
 
+def slow_to_forget(cell):
+    """Gates nearly closed: a burn-in of one tile leaves entries of segments far off."""
+    u, weights, initial, _ = draw(cell, (1, 5 * fused_gpu.ROWS, 128), 0.9)
+    return u.at[:, :, 0].add({"gru": -3, "lstm": 3}[cell]), weights, initial
+
+
+@recent
+@pytest.mark.parametrize(
+    "cell, corrections", [("gru", 2), ("gru", 0), ("lstm", 2)], ids=["gru", "gru last", "lstm"]
+)
+def test_entries_are_corrected(cell, corrections, monkeypatch):
+    """By passes over the segments that move, or by the last one, which runs all steps."""
+    monkeypatch.setattr(fused_gpu, "_BURN_IN", fused_gpu.ROWS)
+    monkeypatch.setattr(fused_gpu, "_CORRECTIONS", corrections)
+    given = slow_to_forget(cell)
+    how = {"segments": 5, "interpret": plgpu.InterpretGPUParams()}
+    states, final, product = fused_gpu.march(OURS[cell], *given, None, **how)
+    want, last = solve(cell, *given)
+    assert error((states, final), (want, last)) < 5e-6
+    assert relative_error(product, scan.march(OURS[cell], *given, None)[2]) < 1e-5
+
+
+@recent
+def test_corrections_are_needed_for_that(monkeypatch):
+    monkeypatch.setattr(fused_gpu, "_BURN_IN", fused_gpu.ROWS)
+    monkeypatch.setattr(kernels, "TOLERANCE", 9.0)
+    given = slow_to_forget("gru")
+    how = {"segments": 5, "interpret": plgpu.InterpretGPUParams()}
+    states, _ = fused_gpu.solve(OURS["gru"], *given, None, **how)
+    assert error(states, solve("gru", *given)[0]) > 1e-3
+
+
 def lowered(function, *arguments):
     """Its text for a Hopper that is not there."""
     chip = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
@@ -74,6 +105,7 @@ def lowered(function, *arguments):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@recent
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("cell", OURS)
 def test_lowers_for_hopper(cell, dtype):
