@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="default %(default)s")
     p.add_argument("--data-dir", type=Path, default=Path("data"), help="default %(default)s")
-    p.add_argument("--steps", type=int, default=400, help="default %(default)s")
+    p.add_argument("--steps", type=int, default=200, help="default %(default)s")
     return p
 
 
