@@ -161,6 +161,14 @@ def solve_with_info(
     return tuple(x.astype(u.dtype) for x in states), final, info
 
 
+def solve(
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
+) -> tuple[Arrays, Arrays]:
+    """As `scan.solve`."""
+    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
+    return states, final
+
+
 def march(
     cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
 ) -> tuple[Arrays, Arrays, Block]:

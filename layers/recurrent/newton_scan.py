@@ -142,6 +142,8 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
     Args:
       input: what `step` takes at one time.
     """
+    if jacobian not in JACOBIANS:
+        raise ValueError(f"check_jacobian: jacobian {jacobian!r} is not one of {JACOBIANS}")
     state = jax.tree.map(jnp.asarray, state)
     _check_state(step, input, state, jacobian)
     at, restore = _as_vector(state, jacobian)

@@ -73,6 +73,14 @@ def solve_with_info(
     return passed.states, tuple(x[-1] for x in passed.ends), info
 
 
+def solve(
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
+) -> tuple[Arrays, Arrays]:
+    """As `scan.solve`."""
+    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
+    return states, final
+
+
 def march(
     cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
 ) -> tuple[Arrays, Arrays, Block]:

@@ -14,9 +14,9 @@ Where each acceptance check of the recurrences is:
 |   | and of B, b, x | test_para_layers: test_layer_is_its_equations_with_gradients |
 | 7 | cotangents of all states and the final one | test_gradients_are_exact |
 | 8 | a carried state | test_two_calls_are_one |
-| 9 | resets | test_reset_separates_documents, test_states_are_exact |
+| 9 | resets | test_reset_separates_documents, test_states_with_resets_are_exact |
 | 10 | padding | test_what_follows_the_length_changes_nothing |
-| 11 | sharded over time and channels | test_over_devices: test_sharded_is_unsharded |
+| 11 | sharded over time and channels | test_over_devices: test_devices_equal_one |
 | 12 | bfloat16 | test_bfloat16_stores_and_float32_computes, test_bfloat16_gradients |
 | 13 | large weights fall back | test_newton: test_large_weights_are_reported_and_fall_back |
 | 14 | odd sizes | test_odd_sizes |

@@ -86,6 +86,7 @@ def collectives(text: str) -> dict[str, int]:
         ("lstm", "scan", 2.0, {"seq": 8}),
         ("lstm", "shooting", 0.9, {"data": 2, "seq": 2, "tensor": 2}),
         ("gru", "newton", 0.5, {"data": 2, "seq": 4}),
+        ("gru", "shooting", 0.9, {"data": 2}),
     ],
 )
 def test_devices_equal_one(cell, method, size, where):
