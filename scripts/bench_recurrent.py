@@ -62,7 +62,11 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one small size where none is given")
     add("--rival", type=Path, help="built checkout of ml-pararnn to time beside us (CUDA, torch)")
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")
-    add("--report", action="store_true", help="write reports/recurrent_<hardware>_<date>.md")
+    add(
+        "--report",
+        action="store_true",
+        help="write reports/recurrent[-<its only dtype>]_<hardware>_<date>.md",
+    )
     return p
 
 
@@ -118,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n\n".join(sections))
     if args.report:
         path = report.write(
-            "recurrent",
+            "-".join(["recurrent", *(args.dtypes if len(args.dtypes) == 1 else ())]),
             device,
             title="Speed of the recurrent layers",
             sections=sections,

@@ -18,6 +18,9 @@ DTYPES = ("float32", "bfloat16")
 # Largest error of a state (their size is at most 1), and of a gradient over its largest entry.
 # A bfloat16 has 8 bits, and gradients also start from states rounded to it.
 STATE_ERROR = {"float32": 5e-6, "bfloat16": 2e-2}
+# The final state is float32 whatever the dtype of u; for bfloat16 the fused GPU kernel has gates
+# from the hardware's tanh, right to 5e-4.
+FINAL_ERROR = {"float32": 5e-6, "bfloat16": 1e-4}
 GRADIENT_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
 # Arrays [B,T,D] that a perfect kernel reads and writes: u and states; u, states, g and du.
 ARRAYS = {"gru": {"forward": 4, "backward": 8}, "lstm": {"forward": 5, "backward": 9}}
@@ -159,9 +162,8 @@ def forward_columns(case: Case, given: Given, row: dict[str, Any], rate: float, 
     exact = reference.solve(case.cell, u, weights, state_arrays(state))
     row["error"] = check("h", [h], exact[-1:], STATE_ERROR[case.dtype])
     if len(outs) == 1:
-        # The final state is float32 whatever the dtype of u.
         last = [x[:, -1] for x in exact]
-        check("the final state", state_arrays(final), last, STATE_ERROR["float32"])
+        check("the final state", state_arrays(final), last, FINAL_ERROR[case.dtype])
     del outs
     row |= timed(program, given.state, groups, "forward", case, rate)
     if rival is not None and case.dtype == "float32":
@@ -205,7 +207,9 @@ def both_columns(case: Case, given: Given, exact, row: dict[str, Any], rate: flo
 
 def chain(one, state, inputs):
     """Recurrences one after the other, each from the state that the last one left."""
-    outs = []
+    import jax
+
+    one, outs = jax.jit(one), []  # so that it is lowered once
     for arrays in inputs:
         state, out = one(state, *arrays)
         outs.append(out)

@@ -83,7 +83,7 @@ def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret
     width, n = u.shape[-1], cell.states
     u, weights, wide, keep = _padded(u, weights, initial, reset)
     shape = _shape(u, keep is not None, segments)
-    arrays = (u, weights, jnp.stack(wide), *(() if keep is None else (keep,)))
+    arrays = (u, weights, *wide, *(() if keep is None else (keep,)))
     run = functools.partial(forward, cell, shape, interpret=interpret)
     if shape.segments == 1:
         states, before = _split(run("first", products=products)(*arrays), n)
@@ -128,7 +128,7 @@ def adjoint(
     final = tuple(_wide(x.astype(jnp.float32)) for x in final_cotangents)
     which = tuple(x is not None for x in cotangents)
     masks = () if keep is None else (keep,)
-    arrays = (u, weights, jnp.stack(wide), *masks, *states, *states, *given)
+    arrays = (u, weights, *wide, *masks, *states, *states, *given)
     entries = tuple(x[None] for x in final)
     if shape.segments > 1:
         nothing = jnp.zeros((shape.segments, *final[0].shape), jnp.float32)
@@ -173,6 +173,6 @@ def _shape(u: jax.Array, reset: bool, segments: int | None) -> Shape:
     length = -(-length // ROWS) * ROWS
     segments = -(-time // length)
     # Two channels a lane where there are programs enough.
-    wide = width % (2 * LANES) == 0 and batch * width * segments >= 2 * _FULL
+    wide = width % (2 * LANES) == 0 and batch * width * segments >= _FULL
     tile = 2 * LANES if wide else LANES
     return Shape(batch, time, width, segments, length, tile, u.dtype, reset)

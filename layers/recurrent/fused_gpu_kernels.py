@@ -66,8 +66,9 @@ class Shape(NamedTuple):
         return self.time != self.segments * self.length
 
 
-# Forms of the nonlinearities from the approximate 2^x and 1/sqrt(x) of the hardware, each right to
-# about 2e-7. Its tanh is too coarse (2e-5 in the states), and an exact division too slow.
+# For float32, forms of the nonlinearities from the approximate 2^x and 1/sqrt(x) of the hardware,
+# each right to about 2e-7; an exact division is too slow. For bfloat16, whose numbers are right to
+# 4e-3, the hardware's tanh, right to 5e-4 of a gate's value and to 2e-5 in the states.
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
@@ -80,7 +81,14 @@ def _tanh(x: jax.Array) -> jax.Array:
     return 2.0 * (root * root) - 1.0
 
 
-def _fast(cell: Cell) -> Cell:
+def _coarse_sigmoid(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jnp.tanh(0.5 * x)
+
+
+def _fast(cell: Cell, dtype: Any) -> Cell:
+    """`cell` with the nonlinearities that do for arrays of `dtype`."""
+    if dtype == jnp.bfloat16:
+        return type(cell)(sigmoid=_coarse_sigmoid, tanh=jnp.tanh)  # by `approx_math`
     return type(cell)(sigmoid=_sigmoid, tanh=_tanh)
 
 
@@ -140,12 +148,12 @@ def forward(
       products: whether to give d(end) / d(entry); "again" always does.
 
     Returns:
-      A function of `(u, weights [R,D], initial [N,B,D][, keep [B,T/ROWS,KEEP]])`, and but for
+      A function of `(u, weights [R,D], initial [B,D] x N[, keep [B,T/ROWS,KEEP]])`, and but for
       "first" `(*Before, *states Refs)`. It gives, "first": `states [B,T,D]` x N and `Before` (of
       which products if asked); "again": `Before`; "last": final `[1,B,D]` x N and, if asked, the
       product of all. All but u and states are float32.
     """
-    cell, n = _fast(cell), cell.states
+    cell, n = _fast(cell, shape.dtype), cell.states
     itemsize = jnp.dtype(shape.dtype).itemsize
     stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * 3 * itemsize)))
     products = products or role == "again"
@@ -154,7 +162,8 @@ def forward(
     def body(*refs):
         left, lanes = list(refs), _Lanes(shape)
         take = lambda k: [left.pop(0) for _ in range(k)]
-        (u_ref, weights_ref, initial_ref), keep_refs = take(3), take(int(shape.reset))
+        u_ref, weights_ref, *initial_refs = take(2 + n)
+        keep_refs = take(int(shape.reset))
         if role != "first":
             old_entry_refs, old_end_refs, old_product_refs = take(n), take(n), take(n * n)
         states_refs = take(n)
@@ -163,7 +172,7 @@ def forward(
         s, b, d = (lax.axis_index(name) for name in ("segment", "batch", "tile"))
         mine = pl.ds(d * shape.tile, shape.tile)
         weights = tuple(lanes.once(weights_ref.at[i, mine]) for i in range(cell.weights))
-        initial = tuple(lanes.once(initial_ref.at[k, b, mine]) for k in range(n))
+        initial = tuple(lanes.once(ref.at[b, mine]) for ref in initial_refs)
 
         def march(first, tiles: int, carry, outs):
             """Steps through `tiles` tiles of time from tile `first` on."""
@@ -300,12 +309,12 @@ def backward(
       write: whether to give gradients, or only what a segment does to what enters it.
 
     Returns:
-      A function of `(u, weights, initial[, keep], states x N, states again x N, cotangents,
+      A function of `(u, weights, initial x N[, keep], states x N, states again x N, cotangents,
       entry [S,B,D] x N)`: entries are the cotangents that later segments send to a segment's last
       state. It gives `(du [B,T,3,D], dweights [S,B,R,D], sent [S,B,D] x N)` if `write`, else
       `(sent x N, products x N x N)`; `sent` goes to the state before the segment.
     """
-    cell, n = _fast(cell), cell.states
+    cell, n = _fast(cell, shape.dtype), cell.states
     itemsize = jnp.dtype(shape.dtype).itemsize
     arrays = 3 + n + sum(given)
     stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * arrays * itemsize)))
@@ -313,7 +322,8 @@ def backward(
     def body(*refs):
         left, lanes = list(refs), _Lanes(shape)
         take = lambda k: [left.pop(0) for _ in range(k)]
-        (u_ref, weights_ref, initial_ref), keep_refs = take(3), take(int(shape.reset))
+        u_ref, weights_ref, *initial_refs = take(2 + n)
+        keep_refs = take(int(shape.reset))
         states_refs, border_refs, given_refs = take(n), take(n), take(sum(given))
         entry_refs = take(n)
         du_refs, dweights_refs = take(int(write)), take(int(write))
@@ -321,7 +331,7 @@ def backward(
         s, b, d = (lax.axis_index(name) for name in ("segment", "batch", "tile"))
         mine = pl.ds(d * shape.tile, shape.tile)
         weights = tuple(lanes.once(weights_ref.at[i, mine]) for i in range(cell.weights))
-        initial = tuple(lanes.once(initial_ref.at[k, b, mine]) for k in range(n))
+        initial = tuple(lanes.once(ref.at[b, mine]) for ref in initial_refs)
         arriving = tuple(lanes.once(e.at[s, b, mine]) for e in entry_refs)
         sums = lanes.zeros(weights)
         last = (s + 1) * shape.tiles - 1
@@ -441,6 +451,11 @@ def _kernel(body, out_type, grid, interpret):
         out_type=out_type,
         grid=grid,
         grid_names=("segment", "batch", "tile"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        # Every layout is given here; to infer them would take ten times as long as all else.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         **options,
     )
