@@ -19,7 +19,17 @@ import recurrent_rival
 import report
 from cli import run
 from hackle.zoo.errors import UserError
-from recurrent_rows import DTYPES, HEADS, ROUNDS, SAMPLED, STATES, Case, copy_rate, measured
+from recurrent_rows import (
+    DTYPES,
+    HEADS,
+    ROUNDS,
+    SAMPLED,
+    STATES,
+    Case,
+    compile_ahead,
+    copy_rate,
+    measured,
+)
 
 EXAMPLES = """examples:
   python scripts/bench_recurrent.py --quick
@@ -64,8 +74,10 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")
     add(
         "--report",
-        action="store_true",
-        help="write reports/recurrent[-<its only dtype>]_<hardware>_<date>.md",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="write reports/recurrent[-NAME]_<hardware>_<date>.md",
     )
     return p
 
@@ -107,22 +119,26 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device}: copies at {rate / 1e9:,.0f} GB/s", flush=True)
     rows: dict[str, list[dict[str, Any]]] = {"layers": [], "scan": [], "table": []}
     left_out = 0
+    programs = {}
+    for section in ("scan", "table"):
+        some = [case for of, case in cases(args) if of == section]
+        programs |= compile_ahead(some, backward=section == "table")
     for section, case in cases(args):
         if time.monotonic() - start > args.seconds:
             left_out += 1
             continue
         # One method has the rival beside it; what compares methods needs none.
         beside = rival if section != "scan" and case.method == args.methods[0] else None
-        row = dataclasses.asdict(case) | measured(section, case, rate, beside)
+        row = dataclasses.asdict(case) | measured(section, case, rate, beside, programs)
         rows[section].append(row)
         print(json.dumps({"section": section} | row), flush=True)
     if left_out:
         print(f"{left_out} rows not started after {args.seconds:g} s", flush=True)
     sections = pages(rows, rate, left_out)
     print("\n\n".join(sections))
-    if args.report:
+    if args.report is not None:
         path = report.write(
-            "-".join(["recurrent", *(args.dtypes if len(args.dtypes) == 1 else ())]),
+            f"recurrent-{args.report}" if args.report else "recurrent",
             device,
             title="Speed of the recurrent layers",
             sections=sections,
@@ -197,6 +213,8 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         "rival both ms": "rival forward + backward ms",
         "rival / ours": "rival / ours",
         "rival error": "rival error",
+        "rival steps ms": "rival step by step, forward ms",
+        "rival steps / ours": "step by step / ours",
     }
     if rows["table"]:
         text += ["Forward of the recurrence:", columns(rows["table"], size | forward)]

@@ -116,22 +116,27 @@ class Rival:
     def layer(
         self, cell: str, batch: int, width: int, length: int, dtype: str, heads: int
     ) -> dict[str, Any]:
-        """Milliseconds of its whole layer in fused mode, and the error of its output."""
+        """Milliseconds of its whole layer in fused mode, and the error of its output; forward also
+        as it goes one step after the other."""
         if 3 * batch * length * width >= INDEX_LIMIT:
             return {"rival note": "too large for its 32-bit indices"}
         torch = self.torch
         file, name = CELLS[cell]
         module = importlib.import_module(f"pararnn.rnn_cell.{file}")
-        config = getattr(module, f"{name}Config")(
-            state_dim=width,
-            input_dim=width,
-            num_heads=heads,
-            device=torch.device(self.device),
-            dtype=getattr(torch, dtype),
-            mode="parallel_FUSED",
-        )
-        model = getattr(module, name)(config)
-        like = dict(device=self.device, dtype=config.dtype)
+
+        def config(mode: str):
+            return getattr(module, f"{name}Config")(
+                state_dim=width,
+                input_dim=width,
+                num_heads=heads,
+                device=torch.device(self.device),
+                dtype=getattr(torch, dtype),
+                mode=mode,
+            )
+
+        model = getattr(module, name)(config("parallel_FUSED"))
+        steps = getattr(module, name)(config("sequential"))
+        like = dict(device=self.device, dtype=getattr(torch, dtype))
         try:
             x = torch.randn(batch, length, width, **like, requires_grad=True)
             g = torch.randn(batch, length, width, **like)
@@ -143,10 +148,12 @@ class Rival:
             with torch.no_grad():
                 error = self._layer_error(cell, model, x, model(x))
                 forward = self._ms(lambda: model(x), [()])
+                one_by_one = self._ms(lambda: steps(x), [()], rounds=1)
             return {
                 "rival error": error,
                 "rival forward ms": forward,
                 "rival both ms": self._ms(both, [()]),
+                "rival steps ms": one_by_one,
             }
         except RuntimeError as error:  # such as too little memory
             return {"rival note": " ".join(str(error).split())[:120]}
@@ -167,14 +174,14 @@ class Rival:
         exact = reference.solve(cell, u, weights, zero)[-1]
         return float(np.max(np.abs(double(y[..., :count]) - exact)))
 
-    def _ms(self, call, arguments: list[tuple]) -> float:
+    def _ms(self, call, arguments: list[tuple], rounds: int = ROUNDS) -> float:
         """Median milliseconds of one call, by the device's clock."""
         for a in arguments:
             call(*a)
         start = time.perf_counter()
         self._lap(call, arguments, 1)
         calls = max(1, min(400, int(ROUND_SECONDS / (time.perf_counter() - start))))
-        return statistics.median(self._lap(call, arguments, calls) for _ in range(ROUNDS))
+        return statistics.median(self._lap(call, arguments, calls) for _ in range(rounds))
 
     def _lap(self, call, arguments: list[tuple], calls: int) -> float:
         def loop():

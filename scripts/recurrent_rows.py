@@ -3,11 +3,13 @@
 What is timed is checked first, on the very call that is timed: some channels at all times.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,20 +56,21 @@ class Case:
         return ARRAYS[self.cell][what] * self.size * (4 if self.dtype == "float32" else 2)
 
 
-def measured(section: str, case: Case, rate: float, rival) -> dict[str, Any]:
+def measured(section: str, case: Case, rate: float, rival, programs: "Programs") -> dict[str, Any]:
     """The numbers of one row; `failed` and `skipped` say why there are none.
 
     Args:
       section: "table", "scan" (forward alone) or "layers".
       rate: bytes per second of a copy.
       rival: a `recurrent_rival.Rival` to run beside ours, or None.
+      programs: what was compiled ahead.
     """
     row: dict[str, Any] = {"failed": "", "skipped": ""}
     try:
         if section == "layers":
             layer_row(case, row, rival)
         else:
-            recurrence_row(case, row, rate, rival, backward=section == "table")
+            recurrence_row(case, row, rate, rival, programs, backward=section == "table")
     except TooLarge as error:
         row["skipped"] = str(error)
     # A row that breaks, in whatever way, is reported and must not take the others with it.
@@ -134,25 +137,68 @@ def recurrence(case: Case, u, weights, state):
     return recurrent.lstm(u, weights[:3], weights[3:], state, method=method)
 
 
-def recurrence_row(case: Case, row: dict[str, Any], rate: float, rival, *, backward: bool) -> None:
+# From a case and a direction to what is compiled for it.
+Programs = dict[tuple[Case, str], Any]
+
+
+def recurrence_row(
+    case: Case, row: dict[str, Any], rate: float, rival, programs: Programs, *, backward: bool
+) -> None:
     """Fills `row`, as far as it comes, with the columns of a recurrence."""
     given = Given.random(case)
     require(case, "forward")
-    exact = forward_columns(case, given, row, rate, rival)
+    program = programs.get((case, "forward")) or compiled(case, "forward")
+    exact = forward_columns(case, given, program, row, rate, rival)
     if backward:
         require(case, "backward")
-        both_columns(case, given, exact, row, rate)
+        program = programs.get((case, "backward")) or compiled(case, "backward")
+        both_columns(case, given, program, exact, row, rate)
 
 
-def forward_columns(case: Case, given: Given, row: dict[str, Any], rate: float, rival):
-    """Returns the float64 states of the first inputs, which are those of `both_columns` too."""
+def compiled(case: Case, what: str):
+    """The program of `what`, "forward" or "backward" (both directions), compiled for its inputs."""
     import jax
 
-    def one(state, u):
-        h, final = recurrence(case, u, given.weights, state)
-        return final, h
+    given = Given.random(case)
+    size = (case.batch, case.length, case.width)
+    u = jax.ShapeDtypeStruct((*size[:2], 3, case.width), case.dtype)
+    if what == "forward":
+        arrays: tuple[Any, ...] = (u,)
+
+        def one(state, u):
+            h, final = recurrence(case, u, given.weights, state)
+            return final, h
+
+    else:
+        arrays = (u, jax.ShapeDtypeStruct(size, case.dtype))
+
+        def one(state, u, g):
+            (_, final), pull = jax.vjp(functools.partial(recurrence, case), u, given.weights, state)
+            return final, pull((g, given.final_g))
 
     program = jax.jit(lambda state, inputs: chain(one, state, inputs))
+    group = grouped([arrays] * input_sets(case, what))[0]
+    return program.lower(given.state, group).compile()
+
+
+def compile_ahead(cases: list[Case], backward: bool) -> Programs:
+    """Compiles what `recurrence_row` of these will run, many at a time.
+
+    What cannot be compiled is left out: its row does it again, and reports why not.
+    """
+    jobs = [(c, what) for c in cases for what in ("forward", "backward")[: 1 + backward]]
+
+    def program(job):
+        with contextlib.suppress(Exception):
+            require(*job)
+            return compiled(*job)
+
+    with ThreadPoolExecutor() as pool:
+        return {j: p for j, p in zip(jobs, pool.map(program, jobs), strict=True) if p is not None}
+
+
+def forward_columns(case: Case, given: Given, program, row: dict[str, Any], rate: float, rival):
+    """Returns the float64 states of the first inputs, which are those of `both_columns` too."""
     inputs = [(random_array(2 * i, case, 3),) for i in range(input_sets(case, "forward"))]
     groups = grouped(inputs)
     final, outs = program(given.state, groups[0])
@@ -174,14 +220,9 @@ def forward_columns(case: Case, given: Given, row: dict[str, Any], rate: float, 
     return exact
 
 
-def both_columns(case: Case, given: Given, exact, row: dict[str, Any], rate: float) -> None:
-    import jax
-
-    def one(state, u, g):
-        (_, final), pull = jax.vjp(functools.partial(recurrence, case), u, given.weights, state)
-        return final, pull((g, given.final_g))
-
-    program = jax.jit(lambda state, inputs: chain(one, state, inputs))
+def both_columns(
+    case: Case, given: Given, program, exact, row: dict[str, Any], rate: float
+) -> None:
     inputs = [
         (random_array(2 * i, case, 3), random_array(2 * i + 1, case))
         for i in range(input_sets(case, "backward"))
@@ -259,6 +300,7 @@ def layer_row(case: Case, row: dict[str, Any], rival) -> None:
         row |= rival.layer(case.cell, case.batch, case.width, case.length, case.dtype, HEADS)
         if "rival both ms" in row:
             row["rival / ours"] = row["rival both ms"] / row["both ms"]
+            row["rival steps / ours"] = row["rival steps ms"] / row["forward ms"]
 
 
 def layer_programs(case: Case):

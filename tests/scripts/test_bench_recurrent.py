@@ -97,7 +97,7 @@ def test_the_float64_recurrence_is_torchs(script, cell, states, weights):
 
 
 def test_tables_report_and_json(script, tmp_path, capsys):
-    assert script.main([*TINY, "--report"]) == 0
+    assert script.main([*TINY, "--report", "tiny"]) == 0
     lines = rows_in(capsys.readouterr().out)
     assert [(x["section"], x["method"]) for x in lines] == [
         ("layers", "shooting"),
@@ -110,7 +110,7 @@ def test_tables_report_and_json(script, tmp_path, capsys):
         assert row["forward ms"] > 0 and not row["failed"] and not row["skipped"]
         assert ("both ms" in row) == (row["section"] != "scan")
         assert row["section"] != "table" or 1e-4 < row["gradient error"] < 1e-2
-    (page,) = tmp_path.glob("recurrent_cpu_*.md")
+    (page,) = tmp_path.glob("recurrent-tiny_cpu_*.md")
     text = page.read_text()
     assert "| gru | 2 | 16 | 12 | bfloat16 | shooting |" in text and "x scan" in text
     assert json.loads(text.split("```json\n")[1].split("\n```")[0])["left out"] == 0
