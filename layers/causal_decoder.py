@@ -12,7 +12,13 @@ from jax.typing import DTypeLike
 from hackle.layers import masks
 from hackle.layers.cache import KeyValueCache, key_value_cache
 from hackle.layers.decoder import DecoderBlock, constrain_residual
-from hackle.layers.language_model import BranchIds, LanguageModel, check_rows
+from hackle.layers.language_model import (
+    BranchIds,
+    LanguageModel,
+    check_branches,
+    check_rows,
+)
+from hackle.layers.rotary import Llama3Scaling
 
 
 class CausalDecoder(LanguageModel):
@@ -23,6 +29,8 @@ class CausalDecoder(LanguageModel):
       rope_theta, norm_eps: constants of rotary positions and RMSNorm.
       tie_embeddings: the head is the embedding table.
       qkv_bias: query, key and value projections have a bias.
+      qk_norm: every head of query and key is normed before it is rotated.
+      rope_scaling: what is done to the rotary frequencies; None leaves them.
       streams, prefix_length: blocks for P streams, each with a learned prefix; see
         `layers.SelfAttention`. A subclass says how to `split` and `join`.
       embedding_std: standard deviation of the table's first entries.
@@ -47,6 +55,8 @@ class CausalDecoder(LanguageModel):
         norm_eps: float,
         tie_embeddings: bool,
         qkv_bias: bool,
+        qk_norm: bool = False,
+        rope_scaling: Llama3Scaling | None = None,
         streams: int = 1,
         prefix_length: int = 0,
         embedding_std: float = 0.02,
@@ -67,7 +77,9 @@ class CausalDecoder(LanguageModel):
                 kv_heads=kv_heads,
                 head_width=head_width,
                 rope_theta=rope_theta,
+                rope_scaling=rope_scaling,
                 bias=qkv_bias,
+                qk_norm=qk_norm,
                 streams=streams,
                 prefix_length=prefix_length,
                 implementation=attention,
@@ -119,6 +131,7 @@ class CausalDecoder(LanguageModel):
         if segment_ids is not None:
             mask = mask & masks.Segments(segment_ids, segment_ids)
         if branches is not None:
+            check_branches(tokens, branches)
             mask = mask & masks.Branches(
                 branches.block, branches.path, branches.block, branches.path
             )
@@ -131,10 +144,13 @@ class CausalDecoder(LanguageModel):
         )
         return self.join(self.final_norm(x))
 
-    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> KeyValueCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None, *, branch_depth: int = 0
+    ) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `length` tokens.
 
         It holds the prefixes of the streams already. `dtype` None is that of the parameters.
+        `branch_depth` is that of the branches of its tokens; 0 where they have none.
         """
         prefix = self.blocks.block.attention.prefix
         return key_value_cache(
@@ -146,6 +162,7 @@ class CausalDecoder(LanguageModel):
             self.head_width,
             dtype or self.embedding.weight[...].dtype,
             prefix=None if prefix is None else (prefix.key[...], prefix.value[...]),
+            branch_depth=branch_depth,
         )
 
     def extend(
@@ -154,24 +171,35 @@ class CausalDecoder(LanguageModel):
         cache: KeyValueCache,
         *,
         positions: jax.Array | None = None,
+        branches: BranchIds | None = None,
     ) -> tuple[jax.Array, KeyValueCache]:
         """Appends tokens `[B, n]` to the cache: features `[B, n, D]` and the grown cache.
 
+        A token sees what stands at its own position or before, in the cache and among the new
+        ones, but for sibling paths. So tokens of several paths may come in one call, in any order.
+
         Args:
           positions: int `[B, n]`, -1 for padding (never seen by others, its features mean
-            nothing). None goes on from the number of tokens in the cache.
+            nothing). None takes the branches', or goes on from the number of tokens in the cache.
+          branches: of the new tokens, in the strict layout of `layers.multiverse`; needs a cache
+            with their depth. None: they are in no path.
 
         Raises:
-          ValueError: shapes do not fit, or (outside jit) the cache is too small.
+          ValueError: shapes do not fit, the cache has no branches or of another depth, or (outside
+            jit) it is too small.
         """
         check_rows(tokens, positions=positions)
+        if branches is not None:
+            check_branches(tokens, branches)
+            positions = branches.position if positions is None else positions
         if positions is None:
             positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
-        cache = cache.admit(positions)
+        cache = cache.admit(positions, branches)
+        mask = cache.mask(positions, branches)
 
         def body(block, carry, layer):
             x, cache = carry
-            return block.extend(x, positions, cache, layer), None
+            return block.extend(x, positions, mask, cache, layer), None
 
         layers = jnp.arange(self.blocks.depth)
         x = self.split(self.embedding(tokens))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hackle.layers.padding import cleared
 from hackle.layers.parameter import parameter
 
 
@@ -21,6 +22,7 @@ class CausalConv(nnx.Module):
             return jax.random.uniform(key, shape, dtype, -1, 1) / taps**0.5
 
         self.weight = parameter(rngs, (taps, width), ("taps", "state"), init)
+        self.width = width
         self.taps = taps
 
     def __call__(
@@ -36,22 +38,35 @@ class CausalConv(nnx.Module):
         Args:
           tail: `[B, taps - 1, D]`, the inputs before `x`; None is zeros.
           reset: bool `[B, T]`; True starts anew: no output from there on sees inputs before it.
-          lengths: int `[B]`, how many inputs of each row count; None is all.
+          lengths: int `[B]`, 0 to T: how many inputs of each row count; None is all. What follows
+            them may be anything and is read as 0.
 
         Returns:
-          `[B, T, D]`, and the tail for what follows the inputs that count.
+          `[B, T, D]`, and the tail `[B, taps - 1, D]` for what follows the inputs that count.
 
         Raises:
-          ValueError: an array of another shape.
+          ValueError: an array of another shape or dtype.
         """
-        batch, length, width = x.shape
-        before = self.taps - 1
+        width, before = self.width, self.taps - 1
+        if x.ndim != 3 or x.shape[2] != width or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"CausalConv: x must be floating-point [batch, time, {width}], "
+                f"got {x.dtype} {x.shape}"
+            )
+        batch, length, _ = x.shape
+        x = cleared("CausalConv", x, lengths)
         if tail is None:
             tail = jnp.zeros((batch, before, width), x.dtype)
-        given = {"tail": (tail, (batch, before, width)), "reset": (reset, (batch, length))}
-        for name, (array, shape) in {**given, "lengths": (lengths, (batch,))}.items():
-            if array is not None and array.shape != shape:
-                raise ValueError(f"CausalConv: {name} has shape {array.shape}, expected {shape}")
+        if tail.shape != (batch, before, width):
+            raise ValueError(
+                f"CausalConv: tail must be [batch, taps - 1, width] = {(batch, before, width)}, "
+                f"got {tail.shape}"
+            )
+        if reset is not None and (reset.shape != (batch, length) or reset.dtype != bool):
+            raise ValueError(
+                f"CausalConv: reset must be bool [batch, time] = {(batch, length)}, "
+                f"got {reset.dtype} {reset.shape}"
+            )
         inputs = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
         # How many times each input's row has started; inputs of another count are not seen.
         starts = None
@@ -65,12 +80,12 @@ class CausalConv(nnx.Module):
             if starts is not None:
                 part = jnp.where((starts[:, at] == starts[:, before:])[..., None], part, 0)
             out = out + part
-        if lengths is None:
-            lengths = jnp.full((batch,), length)
-        last = lengths[:, None] + jnp.arange(before)
+        ends = length if lengths is None else jnp.clip(jnp.asarray(lengths), 0, length)
+        ends = jnp.broadcast_to(ends, (batch,))[:, None]
+        last = ends + jnp.arange(before)
         tail = jnp.take_along_axis(inputs, last[..., None], axis=1)
         if starts is not None:
-            ahead = jnp.take_along_axis(starts, before - 1 + lengths[:, None], axis=1)
+            ahead = jnp.take_along_axis(starts, before - 1 + ends, axis=1)
             same = jnp.take_along_axis(starts, last, axis=1) == ahead
             tail = jnp.where(same[..., None], tail, 0)
         return out.astype(x.dtype), tail

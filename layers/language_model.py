@@ -115,3 +115,16 @@ def check_rows(tokens: jax.Array, **others: jax.Array | None) -> None:
     for name, array in others.items():
         if array is not None and array.shape != tokens.shape:
             raise ValueError(f"{name} has shape {array.shape}, but tokens have {tokens.shape}")
+
+
+def check_branches(tokens: jax.Array, branches: BranchIds) -> None:
+    """Raises ValueError unless `branches` describe the rows of `tokens [B, L]`."""
+    rows, length = tokens.shape
+    ids = {"block": branches.block.shape, "path": branches.path.shape}
+    for name, shape in ids.items():
+        if len(shape) != 3 or (shape[0], shape[2]) != (rows, length) or shape != ids["block"]:
+            raise ValueError(
+                f"branches.{name} has shape {shape}; expected [B, depth, L] for tokens of {rows} x "
+                f"{length}, and as many depths in both"
+            )
+    check_rows(tokens, **{"branches.position": branches.position})

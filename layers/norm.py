@@ -8,10 +8,13 @@ from hackle.layers.parameter import parameter
 
 
 class RMSNorm(nnx.Module):
-    """`y = scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 or wider."""
+    """`y = scale * x / sqrt(mean(x^2) + eps)` over the last axis, in float32 or wider.
 
-    def __init__(self, width: int, eps: float = 1e-6, *, rngs: nnx.Rngs):
-        self.scale = parameter(rngs, (width,), ("embed",), nnx.initializers.ones)
+    `axis` is the logical name of that axis.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, *, axis: str = "embed", rngs: nnx.Rngs):
+        self.scale = parameter(rngs, (width,), (axis,), nnx.initializers.ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -4,10 +4,8 @@ A table maps every logical axis to a mesh axis, a tuple of mesh axes, or None (n
 over a mesh axis of size 1 does nothing, so a table fits every mesh that leaves its axes at 1.
 """
 
-import difflib
-
 from hackle.pjit_configs.axes import AXES
-from hackle.pjit_configs.errors import ConfigError
+from hackle.pjit_configs.errors import unknown
 
 MeshAxes = str | tuple[str, ...] | None
 Rules = dict[str, MeshAxes]
@@ -64,7 +62,5 @@ def rule_table(name: str) -> Rules:
       ConfigError: there is none.
     """
     if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(RULES)}"
-        raise ConfigError(f"unknown rule table {name!r}; {hint}")
+        raise unknown("rule table", name, RULES)
     return dict(RULES[name])

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ EXAMPLES = """examples:
   python scripts/convert.py inspect ParScale/ParScale-4.7B-P8-Pile
   python scripts/convert.py copy folder/of/ParScale-1.8B-P1 out/qwen2 --to dense --dtype bfloat16
   python scripts/convert.py retrofit folder/of/Qwen2.5-3B out/p4 --streams 4 --seed 0
+  python scripts/convert.py add-tags folder/of/Qwen2.5-7B-Instruct out/multiverse-7b
+  python scripts/convert.py copy folder/of/Multiverse-32B out/multiverse --to multiverse
   python scripts/convert.py export runs/demo/p4 out/p4 --step 200
   python scripts/convert.py import folder/of/ParScale-1.8B-P1 runs/released-p1
 
@@ -52,8 +55,9 @@ def parser() -> argparse.ArgumentParser:
     copy.add_argument("source", type=Path, help="published folder")
     copy.add_argument(
         "--to",
-        choices=["dense", "parscale"],
-        help="family: one-stream ParScale as Qwen2, or Qwen2 as one-stream ParScale",
+        choices=["dense", "parscale", "multiverse"],
+        help="family: one-stream ParScale or Multiverse as the dense model that it is, Qwen2 as "
+        "one-stream ParScale, or a dense model that was trained with tags as Multiverse",
     )
 
     retrofit = command("retrofit", "give a one-stream model new, untrained streams")
@@ -63,11 +67,16 @@ def parser() -> argparse.ArgumentParser:
     retrofit.add_argument("--smoothing", type=float, default=0.1, help="default %(default)s")
     retrofit.add_argument("--seed", type=int, default=0, help="default %(default)s")
 
+    add_tags = command(
+        "add-tags", "make a dense model and its tokenizer a Multiverse model to be fine-tuned"
+    )
+    add_tags.add_argument("source", type=Path, help="published folder, with a tokenizer.json")
+
     export = command("export", "write a checkpoint of a training run as a published folder")
     export.add_argument("source", type=Path, help="run folder of scripts/train.py")
     export.add_argument("--step", type=int, help="of the checkpoint; default: the last")
 
-    for sub in (copy, retrofit, export):
+    for sub in (copy, retrofit, add_tags, export):
         sub.add_argument("out", type=Path, help="new published folder")
         sub.add_argument(
             "--dtype",
@@ -99,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         "inspect": inspect,
         "copy": copy,
         "retrofit": retrofit,
+        "add-tags": add_tags,
         "export": export,
         "import": import_,
     }
@@ -146,7 +156,7 @@ def describe(first: dict[str, str], family: Any, config: Any, rest: dict[str, st
     inner, total = config.parameter_count(embedding=False), config.parameter_count()
     lines = {
         **first,
-        "family": f"{family.name} (model_type {family.model_type})",
+        "family": f"{family.name} (model_type {family.params.write_config(config)['model_type']})",
         "size of": ", ".join(same) or "no model of the registry",
         "parameters": f"{total:,}, {inner:,} without embedding",
         **rest,
@@ -162,19 +172,34 @@ def copy(args: argparse.Namespace) -> None:
 
     from hackle import zoo
     from hackle.layers.causal_decoder import CausalDecoder
-    from hackle.zoo.parscale import ParScaleLM, retrofit
-    from hackle.zoo.parscale.params import as_dense
+    from hackle.zoo import multiverse, parscale
+    from hackle.zoo.multiverse.params import as_dense as without_tags
+    from hackle.zoo.parscale.params import as_dense as one_stream
 
     check_out(args)
     model = zoo.from_pretrained(args.source)
     if args.to is not None and not isinstance(model, CausalDecoder):
         raise zoo.UserError(f"--to {args.to}: {type(model).__name__} is no transformer")
     with user_errors():
-        if args.to == "dense" and isinstance(model, ParScaleLM):
-            model = as_dense(model)
-        elif args.to == "parscale" and not isinstance(model, ParScaleLM):
-            model = retrofit(model, 1, rngs=nnx.Rngs(0))
+        if args.to == "dense" and isinstance(model, parscale.ParScaleLM):
+            model = one_stream(model)
+        elif args.to == "dense" and isinstance(model, multiverse.MultiverseLM):
+            model = without_tags(model)
+        elif args.to == "parscale" and not isinstance(model, parscale.ParScaleLM):
+            model = parscale.retrofit(model, 1, rngs=nnx.Rngs(0))
+        elif args.to == "multiverse" and not isinstance(model, multiverse.MultiverseLM):
+            model = multiverse.as_multiverse(model, tags_of(args.tokenizer or args.source))
     save(model, args, args.source)
+
+
+def tags_of(folder: Path) -> Any:
+    """The published tags: at the ids of the folder's tokenizer, or of the published one."""
+    from hackle.layers.multiverse import Tags
+    from hackle.zoo.data import load_tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        return Tags()
+    return Tags().located(load_tokenizer(folder).backend.token_to_id)
 
 
 def retrofit(args: argparse.Namespace) -> None:
@@ -202,6 +227,24 @@ def retrofit(args: argparse.Namespace) -> None:
     save(model, args, args.source)
 
 
+def add_tags(args: argparse.Namespace) -> None:
+    from hackle import zoo
+    from hackle.layers.multiverse import Tags
+    from hackle.zoo.data import extend_tokenizer, load_tokenizer
+    from hackle.zoo.multiverse import add_tags
+
+    check_out(args)
+    plain = load_tokenizer(args.tokenizer or args.source)
+    trunk = zoo.from_pretrained(args.source)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = extend_tokenizer(plain, Tags().tokens(), Path(folder) / "tokenizer.json")
+        with user_errors():
+            tags = Tags().located(tokenizer.backend.token_to_id)
+            model = add_tags(trunk, tokenizer, tags)
+        save(model, args, args.source, tokenizer.path)
+    print(*(f"{token} {text}" for text, token in tags.tokens().items()), sep=", ")
+
+
 def export(args: argparse.Namespace) -> None:
     from hackle.zoo.train.checkpoint import load_model
 
@@ -220,14 +263,17 @@ def import_(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}; give it to a recipe as start_from, with continue_data=false")
 
 
-def save(model: Any, args: argparse.Namespace, text_from: Path) -> None:
-    """Writes the model, then the files that concern text."""
+def save(
+    model: Any, args: argparse.Namespace, text_from: Path, tokenizer: Path | None = None
+) -> None:
+    """Writes the model, then the files that concern text; `tokenizer` is one to use instead."""
     from hackle import zoo
     from hackle.zoo.data import load_tokenizer
 
     text_from = args.tokenizer or text_from
-    if (text_from / "tokenizer.json").exists():
-        check_vocabulary(load_tokenizer(text_from), model.config.vocab_size)
+    tokenizer = tokenizer or text_from / "tokenizer.json"
+    if tokenizer.exists():
+        check_vocabulary(load_tokenizer(tokenizer), model.config.vocab_size)
     copied = [name for name in TEXT_FILES if (text_from / name).is_file()]
     extra = {}
     if (text_from / "config.json").is_file():
@@ -240,7 +286,7 @@ def save(model: Any, args: argparse.Namespace, text_from: Path) -> None:
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         overwrite=args.overwrite,
         extra=extra,
-        files=[text_from / name for name in copied],
+        files=[tokenizer if name == tokenizer.name else text_from / name for name in copied],
     )
     print(f"wrote {args.out}: {model.config.parameter_count():,} parameters, {args.dtype}")
     if copied:

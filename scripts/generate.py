@@ -1,15 +1,24 @@
 """Continues text with a trained model, token by token, in the terminal."""
 
 import argparse
+import shutil
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cli import run
+
+if TYPE_CHECKING:
+    from hackle.zoo.data.tokenizer import Tokenizer
+    from hackle.zoo.generate import Sampling
 
 EXAMPLES = """examples:
   python scripts/generate.py runs/demo/p4 --prompt "def read_lines(path):"
   python scripts/generate.py folder/of/ParScale-1.8B-P4 --prompt "import os" --dtype bfloat16
   python scripts/generate.py runs/demo/p4 --prompt "class A:" --prompt "def f(" \\
       --temperature 0.8 --top-p 0.95 --seed 1 --max-new-tokens 200
+  python scripts/generate.py folder/of/Multiverse-32B --branches --prompt-file question.txt \\
+      --dtype bfloat16 --max-new-tokens 8000
 """
 
 
@@ -31,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
         "--stop",
         action="append",
         help="token that ends a text, as text; may be given repeatedly; default: the model's own",
+    )
+    add(
+        "--branches",
+        action="store_true",
+        help="let a model with Multiverse's tags write paths side by side; draws them as columns",
     )
     add("--tokenizer", type=Path, help="tokenizer.json, where the model's folder has none")
     add("--preset", help="mesh preset to spread the model over; default: one device")
@@ -60,13 +74,18 @@ def main(argv: list[str] | None = None) -> int:
         preset = pjit_configs.preset(args.preset)
     dtype = args.dtype or (None if preset is None else preset.precision.compute)
     model = zoo.from_pretrained(folder, mesh=preset, dtype=dtype)
+    stops = stop_tokens(tokenizer, folder, args.stop)
+    if args.branches:
+        for prompt in prompts:
+            draw(args, model, tokenizer, prompt, sampling, stops)
+        return 0
     steps = stream(
         model,
         [tokenizer.encode(prompt, special=True) for prompt in prompts],
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
-        eos=stop_tokens(tokenizer, folder, args.stop),
+        eos=stops,
     )
     texts = [TextStream(tokenizer) for _ in prompts]
     if len(prompts) == 1:  # as it comes
@@ -83,6 +102,56 @@ def main(argv: list[str] | None = None) -> int:
         text.finish()
         print(f"--- {row}\n{prompt}{text.shown}")
     return 0
+
+
+def draw(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: "Tokenizer",
+    prompt: str,
+    sampling: "Sampling",
+    stops: frozenset[int],
+) -> None:
+    """Continues one prompt, with the paths of its blocks side by side."""
+    from hackle.layers.multiverse import Tags
+    from hackle.zoo.errors import UserError
+    from hackle.zoo.generate import Limits, stream_branches
+    from hackle.zoo.generate.columns import Screen, columns
+
+    colon = tokenizer.encode(":")
+    if len(colon) != 1:
+        raise UserError(f"':' is {len(colon)} tokens; expected one, which ends an index")
+    try:
+        tags = getattr(model.config, "tags", None)
+        tags = tags or Tags().located(tokenizer.backend.token_to_id)
+    except ValueError as error:
+        raise UserError(f"--branches: {error}") from error
+    drafts = stream_branches(
+        model,
+        tokenizer.encode(prompt, special=True),
+        limits=Limits(args.max_new_tokens),
+        index_end=colon,
+        tags=tags,
+        sampling=sampling,
+        seed=args.seed,
+        eos=stops,
+    )
+    size = shutil.get_terminal_size()
+    screen = Screen(sys.stdout, size.lines)
+
+    def text(tokens: list[int]) -> str:
+        # A model can have more rows than there are tokens; they have no text.
+        known = [token for token in tokens if token < tokenizer.vocab_size]
+        return tokenizer.decode(known, skip_special=True)
+
+    print(prompt)
+    for draft in drafts:
+        lines = columns(draft.parts, text, size.columns)
+        screen.update(lines, last=draft.finish is not None)
+    print(
+        f"--- {draft.total} tokens, {draft.critical_path} of them one after the other, "
+        f"{draft.forks} blocks; ended: {draft.finish}" + f" ({draft.error})" * bool(draft.error)
+    )
 
 
 def published(folder: Path) -> Path:

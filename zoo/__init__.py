@@ -22,7 +22,9 @@ __all__ = [
 ]
 
 # Imported at first use: they need more than jax, flax and numpy.
-_PARTS = ("data", "dense", "generate", "pararnn", "parscale", "tasks", "train")
+_PARTS = (
+    "data", "dense", "generate", "mapreduce", "multiverse", "pararnn", "parscale", "tasks", "train",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

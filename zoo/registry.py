@@ -1,8 +1,7 @@
 """Every model by name: our sizes, and the 67 released ParScale checkpoints that map to them."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +9,9 @@ from flax import nnx
 
 from hackle.zoo.dense import params as dense_params
 from hackle.zoo.dense.modeling import DenseConfig, DenseLM
-from hackle.zoo.errors import UserError
+from hackle.zoo.errors import UserError, unknown
+from hackle.zoo.multiverse import params as multiverse_params
+from hackle.zoo.multiverse.modeling import MultiverseConfig, MultiverseLM
 from hackle.zoo.pararnn import params as pararnn_params
 from hackle.zoo.pararnn.modeling import CELLS, ParaRNNConfig, ParaRNNLM
 from hackle.zoo.parscale import params as parscale_params
@@ -23,14 +24,17 @@ class Family:
 
     Attributes:
       params: module with `ROWS`, `TIED`, `IGNORED`, `read_config` and `write_config`.
-      model_type: of a published config.json.
+      model_types: of a published config.json.
+      marker: a field of config.json that only this family has, where another one shares its
+        model types.
     """
 
     name: str
     model_class: type[Any]
     config_class: type[Any]
     params: ModuleType
-    model_type: str
+    model_types: tuple[str, ...]
+    marker: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +50,19 @@ class Entry:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("dense", DenseLM, DenseConfig, dense_params, dense_params.MODEL_TYPE),
-        Family("parscale", ParScaleLM, ParScaleConfig, parscale_params, parscale_params.MODEL_TYPE),
-        Family("pararnn", ParaRNNLM, ParaRNNConfig, pararnn_params, pararnn_params.MODEL_TYPE),
+        Family("dense", DenseLM, DenseConfig, dense_params, tuple(dense_params.MODEL_TYPES)),
+        Family(
+            "parscale", ParScaleLM, ParScaleConfig, parscale_params, (parscale_params.MODEL_TYPE,)
+        ),
+        Family(
+            "multiverse",
+            MultiverseLM,
+            MultiverseConfig,
+            multiverse_params,
+            tuple(multiverse_params.MODEL_TYPES),
+            marker=multiverse_params.MARKER,
+        ),
+        Family("pararnn", ParaRNNLM, ParaRNNConfig, pararnn_params, (pararnn_params.MODEL_TYPE,)),
     )
 }
 
@@ -63,6 +77,18 @@ _DENSE = {
     "qwen2.5-14b": DenseConfig.qwen2_5_14b,
     "qwen2.5-32b": DenseConfig.qwen2_5_32b,
     "qwen2.5-72b": DenseConfig.qwen2_5_72b,
+    "qwen3-0.6b": DenseConfig.qwen3_0_6b,
+    "qwen3-1.7b": DenseConfig.qwen3_1_7b,
+    "qwen3-4b": DenseConfig.qwen3_4b,
+    "qwen3-8b": DenseConfig.qwen3_8b,
+    "qwen3-14b": DenseConfig.qwen3_14b,
+    "qwen3-32b": DenseConfig.qwen3_32b,
+    "llama3-8b": DenseConfig.llama3_8b,
+    "llama3-70b": DenseConfig.llama3_70b,
+    "llama3.1-8b": DenseConfig.llama3_1_8b,
+    "llama3.1-70b": DenseConfig.llama3_1_70b,
+    "llama3.2-1b": DenseConfig.llama3_2_1b,
+    "llama3.2-3b": DenseConfig.llama3_2_3b,
 }
 
 _PARSCALE = {
@@ -74,6 +100,11 @@ _PARSCALE = {
     "parscale-3b": ParScaleConfig.parscale_3b,
     "parscale-4.7b": ParScaleConfig.parscale_4_7b,
     "parscale-qwen-3b": ParScaleConfig.qwen_3b,
+}
+
+_MULTIVERSE = {
+    "multiverse-tiny": MultiverseConfig.tiny,
+    "multiverse-32b": MultiverseConfig.multiverse_32b,
 }
 
 _PARARNN = {
@@ -96,6 +127,7 @@ def _entries() -> dict[str, Entry]:
         for size, make in _PARSCALE.items()
         for streams in STREAMS
     ]
+    found += [Entry(name, "multiverse", make(), MultiverseLM) for name, make in _MULTIVERSE.items()]
     found += [
         Entry(f"{size}-{cell}", "pararnn", make(cell), ParaRNNLM)
         for size, make in _PARARNN.items()
@@ -146,7 +178,7 @@ def entry(name: str) -> Entry:
     """
     ours = RELEASED.get(name.removeprefix("ParScale/"), name)
     if ours not in _ENTRIES:
-        raise UserError(_unknown("model", name, _ENTRIES, RELEASED))
+        raise unknown("model", name, _ENTRIES, RELEASED)
     return _ENTRIES[ours]
 
 
@@ -164,7 +196,7 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:
     known = [field.name for field in dataclasses.fields(found.config)]
     for field in overrides:
         if field not in known:
-            raise UserError(_unknown(f"config field of {name}", field, known))
+            raise unknown(f"config field of {name}", field, known)
     try:
         return found.model_class(dataclasses.replace(found.config, **overrides), rngs=rngs)
     except ValueError as error:
@@ -196,22 +228,19 @@ def family_of(model: Any) -> Family:
     raise TypeError(f"{type(model).__name__} is not a model of the zoo; families: {[*FAMILIES]}")
 
 
-def family_of_type(model_type: str) -> Family:
-    """The family of a published `model_type`.
+def family_of_fields(fields: Mapping[str, Any]) -> Family:
+    """The family of a published config.json, by its `model_type` and the markers.
 
     Raises:
-      UserError: none has it.
+      UserError: none has this model type.
     """
-    for family in FAMILIES.values():
-        if family.model_type == model_type:
+    model_type = fields["model_type"]
+    found = [family for family in FAMILIES.values() if model_type in family.model_types]
+    for family in found:
+        if family.marker is not None and family.marker in fields:
             return family
-    known = ", ".join(family.model_type for family in FAMILIES.values())
+    for family in found:
+        if family.marker is None:
+            return family
+    known = ", ".join(dict.fromkeys(one for f in FAMILIES.values() for one in f.model_types))
     raise UserError(f"config.json: model_type {model_type!r} is not supported; known: {known}")
-
-
-def _unknown(kind: str, name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    known = list(known)
-    lower = {one.lower(): one for one in reversed([*known, *also])}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(lower[one] for one in near)}?" if near else ""
-    return f"unknown {kind} {name!r}; {hint or 'known: ' + ', '.join(known)}"

@@ -7,16 +7,32 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hackle.layers.attention import cudnn, reference, xla
+from hackle.layers.attention import (
+    cudnn,
+    over_devices,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    tile_mask,
+    xla,
+)
 from hackle.layers.attention.masks import Mask
 
 _log = logging.getLogger("hackle")
 
-_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "cudnn": cudnn}
-_PLANNED = ("pallas_gpu", "pallas_tpu")
+_IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "cudnn": cudnn,
+    "pallas_gpu": pallas_gpu,
+    "pallas_tpu": pallas_tpu,
+}
 # What `None` tries, fastest first. XLA supports everything, so the choice always ends.
-_PREFERENCE = ("cudnn", "xla")
-_WITH_LSE = ("reference", "xla")
+# "pallas_gpu" stands outside until it has been measured, values and time: by name it runs.
+_PREFERENCE = ("cudnn", "pallas_tpu", "xla")
+_WITH_LSE = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+_KERNELS = ("pallas_gpu", "pallas_tpu")
+_FEWEST = 128  # queries that fill a tile of a kernel; padding costs more where there are fewer
 
 
 def attention(
@@ -36,8 +52,9 @@ def attention(
       value: `[B, S, K, E]`.
       mask: which keys each query sees; None hides nothing.
       scale: factor on the scores; None is `E ** -0.5`.
-      implementation: "reference", "xla" or "cudnn" runs exactly that or raises. None picks the
-        fastest that supports these arguments on the default device, and logs the choice once.
+      implementation: "reference", "xla", "cudnn", "pallas_gpu" or "pallas_tpu" runs exactly that
+        or raises. None picks the fastest that supports these arguments on the default device, and
+        logs the choice once.
 
     Returns:
       `[B, L, H, E]` in the dtype of `query`. Softmax is computed in float32 or wider. A query
@@ -49,8 +66,8 @@ def attention(
     """
     scale = _check(query, key, value, scale)
     name = _choose(implementation, _PREFERENCE, query, key, mask)
-    out = _IMPLEMENTATIONS[name].attend(query, key, value, mask, scale)
-    return out if name == "cudnn" else out[0]
+    out = _run(name, query, key, value, mask, scale)
+    return out[0] if name in _WITH_LSE else out
 
 
 def attention_with_lse(
@@ -73,8 +90,9 @@ def attention_with_lse(
             f"implementation {implementation!r} gives no differentiable float32 log-sum-exp; "
             f"use one of {_WITH_LSE}"
         )
-    name = _choose(implementation, ("xla",), query, key, mask)
-    return _IMPLEMENTATIONS[name].attend(query, key, value, mask, scale)
+    preference = [name for name in _PREFERENCE if name in _WITH_LSE]
+    name = _choose(implementation, preference, query, key, mask)
+    return _run(name, query, key, value, mask, scale)
 
 
 def merge_attention(
@@ -142,26 +160,44 @@ def _choose(
     if implementation is None:
         reasons: list[str] = []
         for name in preference:
-            reason = _IMPLEMENTATIONS[name].unsupported(query, key, mask)
+            reason = _unsupported(name, query, key, mask) or _unsuited(name, query)
             if reason is None:
                 _say_once(name, "; ".join(reasons))
                 return name
             reasons.append(reason)
         raise AssertionError("XLA supports everything")
-    if implementation in _PLANNED:
-        raise NotImplementedError(
-            f"attention implementation {implementation!r} is not in this version; "
-            f"there are {sorted(_IMPLEMENTATIONS)}"
-        )
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"unknown attention implementation {implementation!r}; "
             f"expected one of {sorted(_IMPLEMENTATIONS)} or None"
         )
-    reason = _IMPLEMENTATIONS[implementation].unsupported(query, key, mask)
+    reason = _unsupported(implementation, query, key, mask)
     if reason is not None:
         raise NotImplementedError(f"attention implementation {implementation!r}: {reason}")
     return implementation
+
+
+def _run(name, query, key, value, mask, scale):
+    attend = _IMPLEMENTATIONS[name].attend
+    if name in _KERNELS:
+        return over_devices.run(attend, query, key, value, mask, scale)
+    return attend(query, key, value, mask, scale)
+
+
+def _unsupported(name: str, query: jax.Array, key: jax.Array, mask: Mask | None) -> str | None:
+    """Why an implementation cannot run, or None if it can."""
+    if name in _KERNELS:
+        reason = over_devices.unsupported(query, key) or tile_mask.unsupported(mask)
+        if reason is not None:
+            return reason
+    return _IMPLEMENTATIONS[name].unsupported(query, key, mask)
+
+
+def _unsuited(name: str, query: jax.Array) -> str | None:
+    """Why None does not stand for an implementation that could run."""
+    if name in _KERNELS and query.shape[1] < _FEWEST:
+        return f"{query.shape[1]} queries do not fill a tile of {name}"
+    return None
 
 
 @functools.cache

@@ -9,6 +9,8 @@ section 3). A vector is a tuple of arrays; a matrix is one of three kinds:
 - one array `[..., D, D]`, on a vector of one array `[..., D]`: everything depends on everything.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +72,39 @@ def solve_transposed(jacobian: Matrix, rhs: Arrays, axis: int) -> Arrays:
     ahead = jax.tree.map(lambda x: jnp.roll(x, -1, axis), transposed(jacobian))
     flipped = jax.tree.map(lambda x: jnp.flip(x, axis), (ahead, rhs))
     return tuple(jnp.flip(x, axis) for x in solve(flipped[0], flipped[1], axis))
+
+
+def reached(matrix: Matrix, marked: Arrays, axis: int) -> Arrays:
+    """Where the recurrence carries a mark: `marked` (bool), and what may depend on what it reaches.
+
+    A block or a dense matrix that is not all zero is taken to carry each number to every other.
+    """
+    if isinstance(matrix, Diagonal):
+        return tuple(
+            m | _coming(j != 0, m, axis) for j, m in zip(matrix.entries, marked, strict=True)
+        )
+    if isinstance(matrix, tuple):
+        flows = functools.reduce(operator.or_, (j != 0 for row in matrix for j in row))
+        coming = _coming(flows, functools.reduce(operator.or_, marked), axis)
+        return tuple(m | coming for m in marked)
+    coming = _coming(jnp.any(matrix != 0, axis=(-2, -1)), jnp.any(marked[0], axis=-1), axis)
+    return (marked[0] | coming[..., None],)
+
+
+def _coming(flows: jax.Array, marked: jax.Array, axis: int) -> jax.Array:
+    """`c_t = flows_t and (m_(t-1) or c_(t-1))`, from twice as far back in each round."""
+    time = marked.shape[axis]
+    index = jnp.expand_dims(jnp.arange(time), [d for d in range(marked.ndim) if d != axis])
+
+    def earlier(x: jax.Array, by: jax.Array | int) -> jax.Array:
+        return jnp.where(index >= by, jnp.roll(x, by, axis), False)
+
+    def further(k, carry):
+        flows, marked = carry
+        return flows & earlier(flows, 2**k), marked | (flows & earlier(marked, 2**k))
+
+    whole = lax.fori_loop(0, (time - 1).bit_length(), further, (flows, marked))[1]
+    return flows & earlier(whole, 1)
 
 
 def product(matrix: Any, axis: int) -> Any:

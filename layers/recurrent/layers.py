@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hackle.layers.padding import cleared
 from hackle.layers.parameter import Initializer, normal, parameter
 from hackle.layers.recurrent.cells import GRU, LSTM, Arrays, Cell
 from hackle.layers.recurrent.dispatch import METHODS, gru, lstm
@@ -29,6 +30,10 @@ class _Recurrent(nnx.Module):
         rngs: nnx.Rngs,
     ):
         name = type(self).__name__
+        if in_width < 1 or width < 1:
+            raise ValueError(
+                f"{name}: in_width={in_width} and width={width}; expected both to be at least 1"
+            )
         if heads < 1 or in_width % heads or width % heads:
             raise ValueError(
                 f"{name}: heads={heads} must divide in_width={in_width} and width={width}"
@@ -64,31 +69,66 @@ class _Recurrent(nnx.Module):
         self.heads = heads
         self.method = method
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """Pre-activations `[..., 3, D]` of inputs `[..., Din]`."""
-        if x.shape[-1] != self.in_width:
+    def _checked(self, x: jax.Array, *axes: str) -> jax.Array:
+        """`x`; raises ValueError unless it is floating-point `[*axes, Din]`."""
+        x = jnp.asarray(x)
+        fits = x.ndim == len(axes) + 1 and x.shape[-1] == self.in_width
+        if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"{type(self).__name__}: input has width {x.shape[-1]}, expected {self.in_width}"
+                f"{type(self).__name__}: x must be floating-point "
+                f"[{', '.join(axes)}, {self.in_width}], got {x.dtype} {x.shape}"
             )
+        return x
+
+    def _project(self, x: jax.Array) -> jax.Array:
+        """Pre-activations `[..., 3, D]` of inputs `[..., Din]`."""
         blocks = x.reshape(*x.shape[:-1], self.heads, self.in_width // self.heads)
         u = jnp.einsum("...hi,higj->...ghj", blocks, self.weight[...].astype(x.dtype))
         return u.reshape(*x.shape[:-1], 3, self.width) + self.bias[...].astype(x.dtype)
+
+    def _inputs(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        """Pre-activations `[B, T, 3, D]` of `x [B, T, Din]`, of which `lengths` count."""
+        x = self._checked(x, "batch", "time")
+        return self._project(cleared(type(self).__name__, x, lengths))
 
     def _weights(self) -> Arrays:
         peephole = (self.peephole[...],) if isinstance(self.cell, LSTM) else ()
         return self.state_weight[...], *peephole
 
     def initial_state(self, batch: int) -> jax.Array | Arrays:
-        """Zeros, float32 `[B, D]`, as many as the state has arrays."""
+        """Zeros, float32 `[B, D]`, as many as the state has arrays.
+
+        Raises:
+          ValueError: `batch` is not positive.
+        """
+        if batch < 1:
+            raise ValueError(f"{type(self).__name__}: batch={batch}; expected at least 1")
         zeros = tuple(jnp.zeros((batch, self.width)) for _ in range(self.cell.states))
         return zeros if self.cell.states > 1 else zeros[0]
 
     def step(self, x: jax.Array, state: jax.Array | Arrays) -> tuple[jax.Array, jax.Array | Arrays]:
-        """One step, for decoding: `x [B, Din]` and the state to `y [B, D]` and the next state."""
-        u = self.project(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        """One step, for decoding.
+
+        Args:
+          x: floating-point `[B, Din]`.
+          state: as `initial_state` makes it, and as this and the layer itself return it.
+
+        Returns:
+          `(y [B, D] in x's dtype, the next state, float32)`.
+
+        Raises:
+          ValueError: shapes or dtypes do not fit.
+        """
+        x = self._checked(x, "batch")
+        u = self._project(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         rows = tuple(row for w in self._weights() for row in w.astype(u.dtype))
-        old = state if isinstance(state, tuple) else (state,)
-        new = self.cell.step(old, tuple(u[:, k] for k in range(3)), rows)
+        old = state if isinstance(state, tuple | list) else (state,)
+        shapes, expected = [jnp.shape(s) for s in old], [(len(x), self.width)] * self.cell.states
+        if shapes != expected:
+            raise ValueError(
+                f"{type(self).__name__}: state has shapes {shapes}, expected {expected}"
+            )
+        new = self.cell.step(tuple(old), tuple(u[:, k] for k in range(3)), rows)
         return new[-1].astype(x.dtype), new if len(new) > 1 else new[0]
 
 
@@ -106,7 +146,8 @@ class ParaGRU(_Recurrent):
         N(0, 4 / (5 D)), and the bias of the first gate falling from 0 to -1 over the channels.
 
     Raises:
-      ValueError: `heads` does not divide the widths, or an unknown `method` or `init`.
+      ValueError: a width is not positive, `heads` does not divide both, or an unknown `method` or
+        `init`.
     """
 
     cell = GRU()
@@ -119,9 +160,25 @@ class ParaGRU(_Recurrent):
         reset: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """`(y [B, T, D] in x's dtype, final state [B, D] float32)`; see `recurrent.gru`."""
+        """All times of rows.
+
+        Args:
+          x: floating-point `[B, T, Din]`.
+          state: `[B, D]`, the final state of what came before; None is zero.
+          reset: bool `[B, T]`: true zeroes the state before that step, e.g. where a packed document
+            begins.
+          lengths: int `[B]`, 0 to T: steps of each row that count. What follows them may be
+            anything, y is 0 there, and the final state is that of the last one that counts.
+
+        Returns:
+          `(y [B, T, D] in x's dtype, final state [B, D] float32)`.
+
+        Raises:
+          ValueError, NotImplementedError: as `recurrent.gru`, which this calls.
+        """
         (a,) = self._weights()
-        return gru(self.project(x), a, state, reset=reset, lengths=lengths, method=self.method)
+        u = self._inputs(x, lengths)
+        return gru(u, a, state, reset=reset, lengths=lengths, method=self.method)
 
 
 class ParaLSTM(_Recurrent):
@@ -140,11 +197,11 @@ class ParaLSTM(_Recurrent):
         reset: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`(y [B, T, D] in x's dtype, final state (c, h))`; see `recurrent.lstm`."""
+        """`(y [B, T, D] in x's dtype, final state (c, h))`; arguments as in `ParaGRU`, but that
+        `state` is `(c, h)`."""
         a, peephole = self._weights()
-        return lstm(
-            self.project(x), a, peephole, state, reset=reset, lengths=lengths, method=self.method
-        )
+        u = self._inputs(x, lengths)
+        return lstm(u, a, peephole, state, reset=reset, lengths=lengths, method=self.method)
 
 
 def _uniform(bound: float) -> Initializer:

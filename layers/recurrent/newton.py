@@ -6,11 +6,13 @@ recurrence (`affine.py`), and adds d (section 3). Every step makes at least one 
 so T steps always suffice; where the recurrence forgets, three or four do, whatever T.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from hackle.layers.recurrent import affine
@@ -21,12 +23,15 @@ MAX_ITERATIONS = 32
 
 
 class SolveInfo(NamedTuple):
-    """How an iterative solution ended; scalars.
+    """How a solution ended; scalars, through which no gradient flows.
 
     Attributes:
-      iterations: int32, Newton steps (or passes over the segments of `shooting`).
-      residual: largest `|f(h_(t-1), x_t) - h_t|` of the states returned.
-      converged: bool, the last correction was within the tolerance and everything is finite.
+      iterations: int32, Newton steps (or passes over the segments of `shooting`). Over a mesh that
+        splits time, all that the slowest part took; a part that does not iterate counts its passes.
+      residual: largest `|f(h_(t-1), x_t) - h_t|` of the states returned; not a number where one of
+        them is not finite.
+      converged: bool, the last correction was within the tolerance and everything is finite. Of
+        the method itself: where it fell back it stays false, and the residual is small.
       log_jacobian: mean of `log |J|` over the entries that are not zero: the recurrence forgets
         where it is negative, and resists being solved for all times at once where it is positive
         (arXiv 2508.16817).
@@ -38,7 +43,24 @@ class SolveInfo(NamedTuple):
     log_jacobian: jax.Array
 
 
+class Progress(NamedTuple):
+    """What a method knows of itself while it runs: scalars of `SolveInfo`."""
+
+    iterations: jax.Array
+    converged: jax.Array
+
+
 Linearize = Callable[[Arrays], tuple[Arrays, Matrix]]
+
+
+def check_bounds(name: str, tolerance: float | None, max_iterations: int | None) -> None:
+    """Raises ValueError on a tolerance or a bound of the iterations that no method can keep."""
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"{name}: tolerance={tolerance}; expected a finite number from 0 on")
+    if max_iterations is not None and not (
+        isinstance(max_iterations, int | np.integer) and max_iterations >= 1
+    ):
+        raise ValueError(f"{name}: max_iterations={max_iterations}; expected an integer from 1 on")
 
 
 def default_tolerance(dtype) -> float:
@@ -53,9 +75,12 @@ def iterate(
     *,
     tolerance: float | None = None,
     max_iterations: int = MAX_ITERATIONS,
-    bound: jax.Array | float | None = None,
-) -> tuple[Arrays, jax.Array, jax.Array]:
+    bound: Arrays | float | None = None,
+) -> tuple[Arrays, Progress]:
     """Newton steps from `guess` until the correction is within the tolerance.
+
+    Where a step of the recurrence gives what is not a number, the states that depend on it are
+    not numbers either, as if one had gone step by step; all others are solved for.
 
     Args:
       linearize: maps states of all times to `(f, J)`, both at the states one step earlier.
@@ -63,33 +88,57 @@ def iterate(
       axis: the time axis.
       tolerance: of the largest correction, relative to the largest state where that exceeds 1.
         None is `default_tolerance`; 0 runs `max_iterations` steps.
-      bound: largest possible size of a state; iterates are projected there, which is exact.
+      bound: largest possible size of a state, one for all or arrays that broadcast against the
+        states; iterates are projected there, which is exact.
 
     Returns:
-      `(states, iterations, converged)`.
+      `(states, progress)`.
     """
+    usual = default_tolerance(guess[0].dtype)
     if tolerance is None:
-        tolerance = default_tolerance(guess[0].dtype)
-
-    def largest(arrays: Arrays) -> jax.Array:
-        return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in arrays]))
+        tolerance = usual
+    bounds = bound if isinstance(bound, tuple) else (bound,) * len(guess)
 
     def go_on(carry):
-        _, size, k = carry
-        # Written so that a size which is not a number goes on.
-        return ~(size <= tolerance) & (k < max_iterations) if tolerance else k < max_iterations
+        _, size, k, _ = carry
+        return (size > tolerance) & (k < max_iterations) if tolerance else k < max_iterations
 
     def body(carry):
-        states, _, k = carry
+        states, _, k, _ = carry
         after, jacobian = linearize(states)
         residual = tuple(a - x for a, x in zip(after, states, strict=True))
+        # What is not a number would reach all later times, even those that do not depend on it.
+        undefined = _any(jnp.isnan, residual)
+        residual, jacobian = jax.tree.map(_numbers, (residual, jacobian))
         delta = affine.solve(jacobian, residual, axis)
-        size = largest(delta) / jnp.maximum(1, largest(states))
-        return tuple(_update(x, d, bound) for x, d in zip(states, delta, strict=True)), size, k + 1
+        size = _largest(delta, instead=jnp.inf) / jnp.maximum(1, _largest(states, instead=0))
+        states = tuple(_update(x, d, b) for x, d, b in zip(states, delta, bounds, strict=True))
+        return states, jnp.where(undefined, jnp.inf, size), k + 1, undefined
 
-    start = (guess, jnp.full((), jnp.inf, guess[0].dtype), jnp.zeros((), jnp.int32))
-    states, size, iterations = lax.while_loop(go_on, body, start)
-    return states, iterations, size <= (tolerance or default_tolerance(guess[0].dtype))
+    def spoilt(states: Arrays) -> Arrays:
+        after, jacobian = linearize(states)
+        reached = affine.reached(jacobian, tuple(map(jnp.isnan, after)), axis)
+        return tuple(jnp.where(r, jnp.nan, x) for r, x in zip(reached, states, strict=True))
+
+    start = guess, jnp.full((), jnp.inf, guess[0].dtype), jnp.zeros((), jnp.int32), jnp.array(False)
+    states, size, iterations, undefined = lax.while_loop(go_on, body, start)
+    states = lax.cond(undefined, spoilt, lambda states: states, states)
+    return states, Progress(iterations, size <= (tolerance or usual))
+
+
+def _any(what: Callable[[jax.Array], jax.Array], arrays: Arrays) -> jax.Array:
+    return jnp.any(jnp.stack([jnp.any(what(x)) for x in arrays]))
+
+
+def _numbers(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), 0, x)
+
+
+def _largest(arrays: Arrays, *, instead: float) -> jax.Array:
+    """The largest size; what is not finite counts as `instead`, for a maximum over devices drops
+    what is not a number."""
+    sizes = (jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), instead)) for x in arrays)
+    return jnp.max(jnp.stack(list(sizes)))
 
 
 def _update(state: jax.Array, delta: jax.Array, bound: jax.Array | float | None) -> jax.Array:
@@ -103,23 +152,26 @@ def _update(state: jax.Array, delta: jax.Array, bound: jax.Array | float | None)
 
 def health(states: Arrays, after: Arrays, jacobian: Matrix) -> tuple[jax.Array, jax.Array]:
     """`(residual, log_jacobian)` of `SolveInfo`."""
-    residual = jnp.max(
-        jnp.stack([jnp.max(jnp.abs(a - x)) for a, x in zip(after, states, strict=True)])
-    )
+    residual = tuple(a - x for a, x in zip(after, states, strict=True))
+    largest = _largest(residual, instead=jnp.inf)
     entries = jax.tree.leaves(jacobian)
     tiny = jnp.finfo(entries[0].dtype).tiny
     square = jnp.concatenate([jnp.square(x).ravel() for x in entries])
     flows = square > tiny  # zeros stand where a reset cuts, or where a block has none
     logs = 0.5 * jnp.log(jnp.where(flows, square, 1))
-    return residual, jnp.sum(logs) / jnp.maximum(jnp.sum(flows), 1)
+    return (
+        jnp.where(jnp.isfinite(largest), largest, jnp.nan),
+        jnp.sum(logs) / jnp.maximum(jnp.sum(flows), 1),
+    )
 
 
 # The cells of `cells.py`, all of whose states lie in [-1, 1].
 
 
-def state_bound(initial: Arrays) -> jax.Array:
-    """Largest possible size of a state: 1, unless the initial state is larger."""
-    return jnp.maximum(1, jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in initial])))
+def state_bound(initial: Arrays) -> Arrays:
+    """Largest possible size of each state: 1, unless its initial one is larger. A channel's next
+    state lies between the last one and a tanh, or is a gate times a tanh."""
+    return tuple(jnp.fmax(1, jnp.abs(x)) for x in initial)
 
 
 def _linearized(cell: Cell, u, weights, initial: Arrays, reset) -> Linearize:
@@ -133,7 +185,7 @@ def _linearized(cell: Cell, u, weights, initial: Arrays, reset) -> Linearize:
     return linearize
 
 
-def solve_with_info(
+def solve(
     cell: Cell,
     u: jax.Array,
     weights: jax.Array,
@@ -142,39 +194,28 @@ def solve_with_info(
     *,
     tolerance: float | None = None,
     max_iterations: int | None = None,
-) -> tuple[Arrays, Arrays, SolveInfo]:
-    """As `scan.solve`, and how Newton's method ended. The first guess is `f(0, x_t)`."""
+) -> tuple[Arrays, Arrays, Progress]:
+    """As `scan.solve`, and how Newton's method went. The first guess is `f(0, x_t)`."""
     row, rows = _rows(u, weights, initial[0].dtype)
     zero = tuple(jnp.zeros_like(row[0]) for _ in initial)
-    states, iterations, converged = iterate(
+    states, progress = iterate(
         _linearized(cell, u, weights, initial, reset),
         cell.step(zero, row, rows),
         1,
         tolerance=tolerance,
         max_iterations=MAX_ITERATIONS if max_iterations is None else max_iterations,
-        bound=state_bound(initial),
+        bound=tuple(x[:, None] for x in state_bound(initial)),
     )
     final = tuple(x[:, -1] for x in states)
-    info = examine(
-        cell, u, weights, initial, reset, states, iterations=iterations, converged=converged
-    )
-    return tuple(x.astype(u.dtype) for x in states), final, info
-
-
-def solve(
-    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
-) -> tuple[Arrays, Arrays]:
-    """As `scan.solve`."""
-    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
-    return states, final
+    return tuple(x.astype(u.dtype) for x in states), final, progress
 
 
 def march(
-    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
-) -> tuple[Arrays, Arrays, Block]:
-    """As `scan.march`."""
-    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
-    return states, final, product(cell, u, weights, initial, reset, states)
+    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None, **bounds
+) -> tuple[Arrays, Arrays, Block, Progress]:
+    """As `scan.march`, and how Newton's method went; `bounds` are those of `solve`."""
+    states, final, progress = solve(cell, u, weights, initial, reset, **bounds)
+    return states, final, product(cell, u, weights, initial, reset, states), progress
 
 
 def product(cell: Cell, u, weights, initial: Arrays, reset, states: Arrays) -> Block:
@@ -185,13 +226,14 @@ def product(cell: Cell, u, weights, initial: Arrays, reset, states: Arrays) -> B
 
 
 def examine(
-    cell: Cell, u, weights, initial: Arrays, reset, states: Arrays, *, iterations, converged
+    cell: Cell, u, weights, initial: Arrays, reset, states: Arrays, progress: Progress
 ) -> SolveInfo:
     """What the states returned are worth; costs one evaluation of all steps, if it is used."""
     states = tuple(x.astype(initial[0].dtype) for x in states)
     linearize = _linearized(cell, u, weights, initial, reset)
     residual, log_jacobian = health(states, *linearize(states))
-    return SolveInfo(iterations, residual, converged & jnp.isfinite(residual), log_jacobian)
+    converged = progress.converged & jnp.isfinite(residual)
+    return SolveInfo(progress.iterations, residual, converged, log_jacobian)
 
 
 def adjoint(

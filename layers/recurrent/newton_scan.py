@@ -1,17 +1,26 @@
 """`newton_scan`: `lax.scan` for all times at once, for a step function of the user's own."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from hackle.layers.recurrent import affine
 from hackle.layers.recurrent.affine import Diagonal, Matrix
 from hackle.layers.recurrent.cells import Arrays
-from hackle.layers.recurrent.newton import MAX_ITERATIONS, SolveInfo, health, iterate
+from hackle.layers.recurrent.newton import (
+    MAX_ITERATIONS,
+    Progress,
+    SolveInfo,
+    check_bounds,
+    health,
+    iterate,
+)
 
 Step = Callable[[Any, Any], Any]
 
@@ -36,9 +45,10 @@ def newton_scan(
     As in `lax.scan`, time is the leading axis of the inputs and of the states returned; use
     `jax.vmap` for a batch, or a state with batch axes of its own.
 
-    First derivatives, forwards and backwards, with respect to the inputs, the initial state and
-    whatever `step` closes over, come from the implicit function theorem: one linear recurrence,
-    whatever the number of iterations. Second derivatives are not supported.
+    Derivatives with respect to the inputs, the initial state and whatever `step` closes over, in
+    forward and reverse mode and of any order, come from the implicit function theorem: one linear
+    recurrence for each, whatever the number of iterations. No gradient flows through the info: it
+    is that of `jax.lax.stop_gradient`.
 
     Args:
       step: `step(state, input) -> state`; shapes and dtypes of the state stay as they are.
@@ -54,83 +64,108 @@ def newton_scan(
         None is `eps^(2/3)` of the dtype; 0 runs `max_iterations` steps.
       max_iterations: bound of the Newton steps.
       bound: largest possible size of a state, to which iterates are projected.
-      fallback: where Newton's method did not converge, solve step by step instead.
+      fallback: where Newton's method did not converge, solve step by step instead; the info then
+        has the residual of these states, and still says that the method did not converge.
 
     Returns:
-      `(states, info)`; look at `info.converged`.
+      `(states, info)`; look at `info.converged`. A state that is not a number spoils all later ones
+      that may depend on it, by the Jacobian: `info.converged` is false then.
 
     Raises:
       ValueError: T is 0, the inputs differ in length, the state has no floating-point array or
-        changes its shape, arrays of a block differ in shape, or an unknown `jacobian` or `method`.
+        changes its shape, arrays of a block differ in shape, an unknown `jacobian` or `method`, or
+        a bound that has no meaning.
     """
     if jacobian not in JACOBIANS:
         raise ValueError(f"newton_scan: jacobian {jacobian!r} is not one of {JACOBIANS}")
     if method not in (None, *METHODS):
         raise ValueError(f"newton_scan: method {method!r} is not one of {METHODS} or None")
-    if max_iterations < 1:
-        raise ValueError(f"newton_scan: max_iterations={max_iterations}; expected at least 1")
+    check_bounds("newton_scan", tolerance, max_iterations)
+    if bound is not None and not bound > 0:
+        raise ValueError(f"newton_scan: bound={bound}; expected a number above 0")
     initial_state = jax.tree.map(jnp.asarray, initial_state)
     _check_inputs(inputs)
-    _check_state(step, jax.tree.map(lambda x: x[0], inputs), initial_state, jacobian)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    _check_state(step, first, initial_state, jacobian)
+    # What the step closes over and may have a derivative becomes an argument.
+    step, closed = jax.closure_convert(step, initial_state, first)
     initial, restore = _as_vector(initial_state, jacobian)
 
-    def one(state: Arrays, x: Any) -> Arrays:
-        return _as_vector(step(restore(state), x), jacobian)[0]
+    def one(closed: list, state: Arrays, x: Any) -> Arrays:
+        return _as_vector(step(restore(state), x, *closed), jacobian)[0]
 
-    def evaluate(states: Arrays) -> Arrays:
-        return jax.vmap(one)(affine.shifted(initial, states, 0), inputs)
+    def evaluate(given: _Given, states: Arrays) -> Arrays:
+        before = affine.shifted(given.initial, states, 0)
+        return jax.vmap(lambda h, x: one(given.closed, h, x))(before, given.inputs)
 
-    def linearize(states: Arrays) -> tuple[Arrays, Matrix]:
-        before = affine.shifted(initial, states, 0)
-        return jax.vmap(lambda h, x: _linearized(lambda h: one(h, x), h, jacobian))(before, inputs)
+    def linearize(given: _Given, states: Arrays) -> tuple[Arrays, Matrix]:
+        before = affine.shifted(given.initial, states, 0)
+        at = lambda h, x: _linearized(lambda h: one(given.closed, h, x), h, jacobian)
+        return jax.vmap(at)(before, given.inputs)
 
-    def one_by_one() -> Arrays:
-        return lax.scan(lambda h, x: (one(h, x),) * 2, initial, inputs)[1]
+    def one_by_one(given: _Given) -> Arrays:
+        move = lambda h, x: (one(given.closed, h, x),) * 2
+        return lax.scan(move, given.initial, given.inputs)[1]
 
-    if method == "scan":
-        states = one_by_one()
-        iterations, converged = jnp.zeros((), jnp.int32), jnp.array(True)
-    else:
-        guess = jax.vmap(lambda x: one(initial, x))(inputs)
-        states, iterations, converged = lax.stop_gradient(
-            iterate(
-                linearize,
-                guess,
-                0,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                bound=bound,
-            )
+    @jax.custom_jvp
+    def root(given: _Given) -> tuple[Arrays, Progress]:
+        states, progress = iterate(
+            functools.partial(linearize, given),
+            jax.vmap(lambda x: one(given.closed, given.initial, x))(given.inputs),
+            0,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            bound=bound,
         )
         if fallback:
-            states = lax.cond(converged, lambda: states, lambda: lax.stop_gradient(one_by_one()))
-    after, matrix = lax.stop_gradient(linearize(states))
-    residual, log_jacobian = health(states, after, matrix)
-    info = SolveInfo(iterations, residual, converged & jnp.isfinite(residual), log_jacobian)
-    if method != "scan":
-        states = _one_more(evaluate, matrix, states)
-    return jax.vmap(restore)(states), lax.stop_gradient(info)
+            states = lax.cond(progress.converged, lambda: states, lambda: one_by_one(given))
+        return states, progress
+
+    @root.defjvp
+    def _(primals, tangents):
+        """`dh_t = J_t dh_(t-1) + df_t`, with df the change of f at fixed states; the implicit
+        function theorem. The root in it is this one again, so that it has derivatives in turn."""
+        states, progress = root(*primals)
+        _, moved = jax.jvp(lambda given: evaluate(given, states), primals, tangents)
+        none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), progress)
+        return (states, progress), (_solve(linearize(primals[0], states)[1], moved), none)
+
+    given = _Given(closed, inputs, initial)
+    if method == "scan":
+        states = one_by_one(given)
+        progress = Progress(jnp.zeros((), jnp.int32), jnp.array(True))
+    else:
+        states, progress = root(given)
+    fixed = lax.stop_gradient(states)
+    residual, log_jacobian = health(fixed, *linearize(lax.stop_gradient(given), fixed))
+    converged = progress.converged & jnp.isfinite(residual)
+    info = SolveInfo(progress.iterations, residual, converged, log_jacobian)
+    return jax.vmap(restore)(states), info
 
 
-def _one_more(evaluate: Callable[[Arrays], Arrays], matrix: Matrix, states: Arrays) -> Arrays:
-    """One Newton step from the solution. It moves nothing, for its residual is exactly zero, but it
-    can be differentiated: what it does to a change of f is what the implicit function theorem says.
-    """
+class _Given(NamedTuple):
+    """All that the states depend on."""
+
+    closed: list
+    inputs: Any
+    initial: Arrays
+
+
+def _solve(matrix: Matrix, rhs: Arrays) -> Arrays:
+    """As `affine.solve`, with a transpose that keeps nothing of the rounds of a scan."""
 
     def system(x: Arrays) -> Arrays:
         """`x_t - J_t x_(t-1)`."""
         before = affine.shifted(jax.tree.map(lambda a: jnp.zeros_like(a[0]), x), x, 0)
         return tuple(a - b for a, b in zip(x, affine.apply(matrix, before), strict=True))
 
-    residual = tuple(f - lax.stop_gradient(f) for f in evaluate(states))
-    delta = lax.custom_linear_solve(
+    return lax.custom_linear_solve(
         system,
-        residual,
+        rhs,
         lambda _, rhs: affine.solve(matrix, rhs, 0),
         lambda _, rhs: affine.solve_transposed(matrix, rhs, 0),
     )
-    # Where products of Jacobians overflow, zero times them is not a number.
-    return tuple(h + jnp.where(jnp.isfinite(d), d, 0) for h, d in zip(states, delta, strict=True))
 
 
 def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal") -> None:

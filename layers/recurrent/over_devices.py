@@ -8,7 +8,6 @@ that leaves it, a recurrence over parts gives what arrives at each, and a second
 Only border states and a few rows of u travel, whatever T.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from hackle.layers.recurrent import affine, scan, shooting
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
+from hackle.layers.recurrent.methods import Method
+from hackle.layers.recurrent.newton import Progress
 from hackle.layers.sharding import mesh_axes
 
 # Rows of the left neighbour, run from zero, whose end is the first guess of the entry state.
@@ -62,9 +63,9 @@ def placement(u: jax.Array) -> Placement | None:
     """Where `u [B, T, 3, D]` lies by the rules that hold here; None if on one device.
 
     Raises:
-      ValueError: a dimension does not divide.
+      ValueError: a dimension does not divide, or the rules do not fit the mesh.
     """
-    found = Placement(mesh_axes("batch"), mesh_axes("length"), mesh_axes("state"))
+    found = Placement(*mesh_axes("batch", "length", "state"))
     if not found.all:
         return None
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -79,26 +80,38 @@ def placement(u: jax.Array) -> Placement | None:
     return found
 
 
+class Borders(NamedTuple):
+    """What `adjoint` needs of the parts of time besides the states; empty if there is one part.
+
+    Attributes:
+      entries: states before each part, float32 whatever is stored, arrays `[parts, B, D]`.
+      products: d(end) / d(entry) of each part, a block of arrays `[parts, B, D]`.
+    """
+
+    entries: Arrays = ()
+    products: Block = ()
+
+
 def solve(
-    method: ModuleType,
+    method: Method,
     at: Placement,
     cell: Cell,
     u: jax.Array,
     weights: jax.Array,
     initial: Arrays,
     reset: jax.Array | None,
-) -> tuple[Arrays, Arrays, Block, jax.Array]:
+) -> tuple[Arrays, Arrays, Borders, Progress]:
     """As `method.solve`, on arrays that lie over the mesh as `at` says.
 
     Returns:
-      `(states, final, products, gap)`: the last two are d(end) / d(entry) of each part of time,
-      arrays `[parts, B, D]`, and the largest difference left between an entry and its end.
+      `(states, final, borders, progress)`: converged if every part did in the last pass, and every
+      entry is the end before it.
     """
 
     def run(u, weights, initial, reset):
         if not at.time:
-            states, final = method.solve(cell, u, weights, initial, reset)
-            return states, final, (), jnp.zeros(())
+            states, final, progress = method.solve(cell, u, weights, initial, reset)
+            return states, final, Borders(), _of_all(progress, at)
         index, count = lax.axis_index(at.time), lax.axis_size(at.time)
         rows = min(_BURN_IN, u.shape[1])
         tail, tail_reset = jax.tree.map(lambda x: _from_left(x[:, -rows:], at.time), (u, reset))
@@ -108,14 +121,17 @@ def solve(
 
         def march(entries: Arrays) -> shooting.Pass:
             mine = tuple(e[index] for e in entries)
-            states, ends, products = method.march(cell, u, weights, mine, reset)
+            states, ends, products, progress = method.march(cell, u, weights, mine, reset)
             ends, products = lax.all_gather((ends, products), at.time)
-            return shooting.Pass(states, ends, entries, products)
+            # A part that is run step by step is one pass.
+            progress = progress._replace(iterations=jnp.maximum(1, progress.iterations))
+            return shooting.Pass(states, ends, entries, products, progress)
 
-        passed, _, gap = shooting.shoot(
-            march(lax.all_gather(guess, at.time)), march, initial, over=at.all
-        )
-        return passed.states, tuple(x[count - 1] for x in passed.ends), passed.products, gap
+        first = march(lax.all_gather(guess, at.time))
+        passed = shooting.shoot(first, march, initial, over=at.all)
+        final = tuple(x[count - 1] for x in passed.ends)
+        borders = Borders(passed.entries, passed.products)
+        return passed.states, final, borders, _of_all(passed.progress, at)
 
     parts = P(None, at.batch, at.state)
     return jax.shard_map(
@@ -126,8 +142,14 @@ def solve(
     )(u, weights, initial, reset)
 
 
+def _of_all(progress: Progress, at: Placement) -> Progress:
+    """Of all devices: the most iterations, and whether every one converged."""
+    failed = lax.pmax(jnp.int32(~progress.converged), at.all)
+    return Progress(lax.pmax(progress.iterations, at.all), failed == 0)
+
+
 def adjoint(
-    method: ModuleType,
+    method: Method,
     at: Placement,
     cell: Cell,
     u: jax.Array,
@@ -135,13 +157,13 @@ def adjoint(
     initial: Arrays,
     reset: jax.Array | None,
     states: Arrays,
-    products: Block,
+    borders: Borders,
     cotangents: tuple[jax.Array | None, ...],
     final_cotangents: Arrays,
 ) -> tuple[jax.Array, jax.Array, Arrays]:
-    """As `method.adjoint`, on arrays that lie over the mesh; `products` are those of `solve`."""
+    """As `method.adjoint`, on arrays that lie over the mesh; `borders` are those of `solve`."""
 
-    def run(u, weights, initial, reset, states, products, cotangents, final):
+    def run(u, weights, initial, reset, states, borders, cotangents, final):
         def local(entry: Arrays, arriving: Arrays):
             return method.adjoint(cell, u, weights, entry, reset, states, cotangents, arriving)
 
@@ -149,15 +171,11 @@ def adjoint(
             du, dweights, dinitial = local(initial, final)
             return du, _sum(dweights, at.batch), dinitial
         index = lax.axis_index(at.time)
-        left = tuple(
-            _from_left(x[:, -1], at.time).astype(h.dtype)
-            for x, h in zip(states, initial, strict=True)
-        )
-        entry = tuple(jnp.where(index == 0, h, x) for h, x in zip(initial, left, strict=True))
+        entry = tuple(x[index] for x in borders.entries)
         zero = tuple(jnp.zeros_like(x) for x in final)
         sent = lax.all_gather(local(entry, zero)[2], at.time)
         ahead = tuple(jnp.concatenate([x[1:], f[None]]) for x, f in zip(sent, final, strict=True))
-        arriving = affine.solve_transposed(products, ahead, 0)
+        arriving = affine.solve_transposed(borders.products, ahead, 0)
         du, dweights, sent = local(entry, tuple(x[index] for x in arriving))
         first = tuple(_sum(jnp.where(index == 0, x, 0), at.time) for x in sent)
         return du, _sum(dweights, at.batch + at.time), first
@@ -172,7 +190,7 @@ def adjoint(
         ),
         out_specs=(at.u, at.weights, at.border),
         check_vma=False,
-    )(u, weights, initial, reset, states, products, cotangents, final_cotangents)  # fmt: skip
+    )(u, weights, initial, reset, states, borders, cotangents, final_cotangents)  # fmt: skip
 
 
 def _from_left(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -16,12 +16,12 @@ from jax import lax
 
 from hackle.layers.recurrent import affine, newton
 from hackle.layers.recurrent.cells import Arrays, Block, Cell, compose, identity
-from hackle.layers.recurrent.newton import SolveInfo
+from hackle.layers.recurrent.newton import Progress
 
 # Largest difference between an entry and the end before it, of states whose size is about 1.
 TOLERANCE = 1e-6
 # Steps of a segment: fewer make more passes, more run longer one after the other.
-_STEPS = 64
+STEPS = 64
 # Steps before a segment, run from zero, whose end is the first guess of its entry.
 _BURN_IN = 16
 
@@ -35,15 +35,18 @@ class Pass(NamedTuple):
       states: of all times, in the caller's layout.
       ends, entries: states after and before each segment, arrays `[S, B, D]`.
       products: d(end) / d(entry), a block of arrays `[S, B, D]`.
+      progress: iterations of this pass and those before it, and whether what ran the segments of
+        this one converged.
     """
 
     states: Arrays
     ends: Arrays
     entries: Arrays
     products: Block
+    progress: Progress
 
 
-def solve_with_info(
+def solve(
     cell: Cell,
     u: jax.Array,
     weights: jax.Array,
@@ -52,49 +55,38 @@ def solve_with_info(
     *,
     tolerance: float | None = None,
     max_iterations: int | None = None,
-    segments: int | None = None,
-) -> tuple[Arrays, Arrays, SolveInfo]:
+) -> tuple[Arrays, Arrays, Progress]:
     """As `scan.solve`, and how many passes it took.
 
     Args:
       tolerance: of the difference between an entry and the end before it; None is `TOLERANCE`.
       max_iterations: bound of the passes. None is the number of segments, after which every
         entry is exact, by causality.
-      segments: how many; None makes them `_STEPS` long.
     """
-    passed, passes, gap = _solve(
-        cell, u, weights, initial, reset, tolerance, max_iterations, segments
-    )
-    tolerance = TOLERANCE if tolerance is None else tolerance
-    info = newton.examine(
-        cell, u, weights, initial, reset, passed.states, iterations=passes,
-        converged=gap <= tolerance,
-    )  # fmt: skip
-    return passed.states, tuple(x[-1] for x in passed.ends), info
-
-
-def solve(
-    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
-) -> tuple[Arrays, Arrays]:
-    """As `scan.solve`."""
-    states, final, _ = solve_with_info(cell, u, weights, initial, reset)
-    return states, final
+    passed = _solve(cell, u, weights, initial, reset, tolerance, max_iterations)
+    return passed.states, tuple(x[-1] for x in passed.ends), passed.progress
 
 
 def march(
-    cell: Cell, u: jax.Array, weights: jax.Array, initial: Arrays, reset: jax.Array | None
-) -> tuple[Arrays, Arrays, Block]:
-    """As `scan.march`."""
-    passed, *_ = _solve(cell, u, weights, initial, reset, None, None, None)
-    return passed.states, tuple(x[-1] for x in passed.ends), affine.product(passed.products, 0)
+    cell: Cell,
+    u: jax.Array,
+    weights: jax.Array,
+    initial: Arrays,
+    reset: jax.Array | None,
+    *,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+) -> tuple[Arrays, Arrays, Block, Progress]:
+    """As `scan.march`, and how many passes it took."""
+    passed = _solve(cell, u, weights, initial, reset, tolerance, max_iterations)
+    final = tuple(x[-1] for x in passed.ends)
+    return passed.states, final, affine.product(passed.products, 0), passed.progress
 
 
-def _solve(
-    cell: Cell, u, weights, initial: Arrays, reset, tolerance, max_iterations, segments
-) -> tuple[Pass, jax.Array, jax.Array]:
+def _solve(cell: Cell, u, weights, initial: Arrays, reset, tolerance, max_iterations) -> Pass:
     """As `shoot`, with states `[B, T, D]`."""
     batch, time, _, width = u.shape
-    count = max(1, time // _STEPS) if segments is None else min(segments, time)
+    count = max(1, time // STEPS)
     length = -(-time // count)
     count = -(-time // length)
     tolerance = TOLERANCE if tolerance is None else tolerance
@@ -128,18 +120,16 @@ def _solve(
 
         xs = jax.tree.map(lambda x: x[first:], (rows, keep, inside))
         (ends, products), states = lax.scan(step, (entries, identity(entries)), xs)
-        return Pass(states, ends, entries, products)
+        return Pass(states, ends, entries, products, Progress(jnp.int32(1), jnp.array(True)))
 
     zeros = tuple(jnp.zeros((count, batch, width), dtype) for _ in initial)
-    ends = march(zeros, max(0, length - _BURN_IN))[1]
+    ends = march(zeros, max(0, length - _BURN_IN)).ends
     passed = march(affine.shifted(initial, ends, 0))
-    passed, passes, gap = shoot(
-        passed, march, initial, tolerance=tolerance, max_passes=max_iterations
-    )
+    passed = shoot(passed, march, initial, tolerance=tolerance, max_passes=max_iterations)
     flat = tuple(
         jnp.moveaxis(x, (2, 1, 0), (0, 1, 2)).reshape(batch, -1, width) for x in passed.states
     )
-    return passed._replace(states=tuple(x[:, :time] for x in flat)), passes, gap
+    return passed._replace(states=tuple(x[:, :time] for x in flat))
 
 
 def shoot(
@@ -150,22 +140,23 @@ def shoot(
     tolerance: float = TOLERANCE,
     max_passes: int | None = None,
     over: tuple[str, ...] = (),
-) -> tuple[Pass, jax.Array, jax.Array]:
+) -> Pass:
     """Passes over the segments until each enters where the one before it ended.
 
     Args:
       passed: the first pass, from guessed entries.
-      march: a pass from given entries.
+      march: a pass from given entries; its `progress` is of that pass alone.
       initial: the entry of the first segment.
       tolerance: of the difference between an entry and the end before it.
       max_passes: None is the number of segments, after which every entry is exact, by causality.
+      over: mesh axes whose devices stop together.
 
     Returns:
-      The last pass, the number of passes, and the largest difference left.
+      The last pass, with the iterations of them all; converged if entries agree, too.
     """
     segments = passed.ends[0].shape[0]
     if segments == 1:
-        return passed, jnp.ones((), jnp.int32), jnp.zeros(())
+        return passed
     most = segments if max_passes is None else max_passes
 
     def gap(passed: Pass) -> jax.Array:
@@ -178,21 +169,26 @@ def shoot(
 
     def body(carry):
         passed, passes, _ = carry
-        passed = march(_corrected(passed, initial))
+        (before, _), passed = passed.progress, march(_corrected(passed, initial))
+        iterations, converged = passed.progress
+        passed = passed._replace(progress=Progress(before + iterations, converged))
         return passed, passes + 1, gap(passed)
 
-    return lax.while_loop(go_on, body, (passed, jnp.ones((), jnp.int32), gap(passed)))
+    start = passed, jnp.ones((), jnp.int32), gap(passed)
+    passed, _, left = lax.while_loop(go_on, body, start)
+    iterations, converged = passed.progress
+    return passed._replace(progress=Progress(iterations, converged & (left <= tolerance)))
 
 
 def _disagreement(ends: Arrays, entries: Arrays) -> jax.Array:
     """Largest difference between an entry and the end that it should be. Two that are not numbers
     agree: a pre-activation that is not one spoils all that follow, here as step by step."""
     gaps = [
-        jnp.max(jnp.where(jnp.isnan(a) & jnp.isnan(b), 0, jnp.abs(a - b)))
+        jnp.where(jnp.isnan(a) & jnp.isnan(b), 0, jnp.abs(a - b))
         for a, b in zip(ends, entries, strict=True)
     ]
-    # A difference that is not a number is one.
-    return jnp.nan_to_num(jnp.max(jnp.stack(gaps)), nan=jnp.inf, posinf=jnp.inf)
+    # A difference that is not a number is one; a maximum over devices would drop it.
+    return jnp.max(jnp.stack([jnp.max(jnp.where(jnp.isnan(g), jnp.inf, g)) for g in gaps]))
 
 
 def _corrected(passed: Pass, initial: Arrays) -> Arrays:
@@ -202,7 +198,7 @@ def _corrected(passed: Pass, initial: Arrays) -> Arrays:
     # The entry of a segment moves by what the segment before it makes of its own entry's move.
     arriving = jax.tree.map(lambda p: jnp.roll(p, 1, 0), passed.products)
     moves = affine.solve(arriving, residual, 0)
-    bound = newton.state_bound(initial)
-    new = (jnp.clip(e + m, -bound, bound) for e, m in zip(passed.entries, moves, strict=True))
+    bounds = newton.state_bound(initial)
+    new = (jnp.clip(e + m, -b, b) for e, m, b in zip(passed.entries, moves, bounds, strict=True))
     # Where a product overflowed, the end itself: entries still become exact one after the other.
     return tuple(jnp.where(jnp.isfinite(x), x, t) for x, t in zip(new, targets, strict=True))

@@ -3,11 +3,10 @@
 The number counts JAX devices (GPUs, or TPU chips). Each file holds one `PRESET`.
 """
 
-import difflib
 import importlib
 import pkgutil
 
-from hackle.pjit_configs.errors import ConfigError
+from hackle.pjit_configs.errors import unknown
 from hackle.pjit_configs.presets.base import Preset
 
 
@@ -24,7 +23,5 @@ def preset(name: str) -> Preset:
     """
     known = list_presets()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise ConfigError(f"unknown preset {name!r}; {hint}")
+        raise unknown("preset", name, known)
     return importlib.import_module(f"{__name__}.{name}").PRESET

@@ -15,6 +15,9 @@ OPTIONS: dict[str, str] = {
     "-m hackle": "--version",
     "-m hackle ls": "",
     "-m hackle presets": "",
+    "scripts/bench_attention.py": (
+        "--dtype --heads --implementations --kinds --quick --report --seconds --sizes"
+    ),
     "scripts/bench_input.py": (
         "--batch --cores --corpus --data-dir --hardware --length --packing --report --seconds "
         "--threads --vocab-size --windows --workers"
@@ -24,8 +27,10 @@ OPTIONS: dict[str, str] = {
         "--shapes"
     ),
     "scripts/bench_train.py": "--attention --case --preset --report --steps",
+    "scripts/compare_runs.py": "--note --report --steps",
     "scripts/compare_streams.py": "--control --note --out --recipe --report --set --streams",
     "scripts/convert.py": "",
+    "scripts/convert.py add-tags": "--dtype --max-shard-gb --overwrite --tokenizer",
     "scripts/convert.py copy": "--dtype --max-shard-gb --overwrite --to --tokenizer",
     "scripts/convert.py export": "--dtype --max-shard-gb --overwrite --step --tokenizer",
     "scripts/convert.py import": "",
@@ -36,13 +41,16 @@ OPTIONS: dict[str, str] = {
     ),
     "scripts/demo.py": "--data-dir --out --steps",
     "scripts/generate.py": (
-        "--dtype --max-new-tokens --min-p --preset --prompt --prompt-file --seed --stop "
+        "--branches --dtype --max-new-tokens --min-p --preset --prompt --prompt-file --seed --stop "
         "--temperature --tokenizer --top-k --top-p"
+    ),
+    "scripts/mapreduce_accuracy.py": (
+        "--max-new-tokens --note --out --problems --recipe --report --runs --seconds --set"
     ),
     "scripts/synthetic_tasks.py": (
         "--batch --check-every --epochs --held-out-rows --learning-rate --length --method --models "
-        "--note --out --report --seed --seeds --state-clip --stop-after --tasks --test-rows "
-        "--train-rows --weight-decay"
+        "--note --out --report --seconds --seed --seeds --state-clip --stop-after --tasks "
+        "--test-rows --train-rows --weight-decay"
     ),
     "scripts/train.py": "--dry-run --list --out --recipe --resume --seed --set",
 }

@@ -1,5 +1,6 @@
 """The causal convolution against sums written out, and the gated norm against its equation."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,17 +91,50 @@ def test_bfloat16_is_summed_in_float32():
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=1e-6)
 
 
+F = jnp.asarray(X, jnp.float32)
+
+
 @pytest.mark.parametrize(
-    "name, value",
+    "x, given, message",
     [
-        ("tail", np.zeros((3, 4, 5), np.float32)),
-        ("reset", np.zeros((3, 8), bool)),
-        ("lengths", np.zeros((2,), np.int32)),
+        (F[0], {}, r"x must be floating-point \[batch, time, 5\], got float32 \(9, 5\)"),
+        (F[..., :4], {}, r"x must be .*, got float32 \(3, 9, 4\)"),
+        (F.astype(int), {}, r"x must be floating-point .*, got int32 \(3, 9, 5\)"),
+        (F, {"tail": F[:, :4]}, r"tail must be .* = \(3, 3, 5\), got \(3, 4, 5\)"),
+        (F, {"reset": jnp.zeros((3, 8), bool)}, r"reset must be bool .*, got bool \(3, 8\)"),
+        (F, {"reset": jnp.zeros((3, 9), int)}, r"reset must be bool .*, got int32 \(3, 9\)"),
+        (F, {"lengths": jnp.ones(2, int)}, r"lengths must be integers .* = \(3,\), got int32 \(2"),
+        (F, {"lengths": jnp.ones(3)}, r"lengths must be integers .*, got float32 \(3,\)"),
+        (F, {"lengths": jnp.asarray([1, 10, 2])}, r"lengths must be 0 to 9, got \[1, 10, 2\]"),
+        (F, {"lengths": jnp.asarray([-1, 9, 2])}, r"lengths must be 0 to 9, got \[-1, 9, 2\]"),
     ],
 )
-def test_other_shapes_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"CausalConv: {name} has shape"):
-        make()[0](jnp.asarray(X, jnp.float32), **{name: value})
+def test_what_does_not_fit_is_refused_by_name(x, given, message):
+    with pytest.raises(ValueError, match=f"CausalConv: {message}"):
+        make()[0](x, **given)
+
+
+def test_nan_behind_the_length_of_a_row_reaches_nothing():
+    conv, _ = make()
+    lengths = jnp.asarray([0, 2, 9])
+    graph, state = nnx.split(conv)
+
+    def loss(state, x, tail):
+        out, end = nnx.merge(graph, state)(x, tail, lengths=lengths)
+        return jnp.sum(jnp.where(behind, 0, out) ** 2) + jnp.sum(end**2)
+
+    behind = (jnp.arange(9) >= lengths[:, None])[..., None]
+    tail = jnp.asarray(TAIL, jnp.float32)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    chex.assert_trees_all_equal(
+        run(state, jnp.where(behind, jnp.nan, F), tail), run(state, jnp.where(behind, 7, F), tail)
+    )
+
+
+def test_lengths_that_cannot_be_seen_to_be_wrong_are_those_nearest():
+    conv, _ = make()
+    found = jax.jit(lambda lengths: conv(F, lengths=lengths))(jnp.asarray([-1, 10, 4]))
+    chex.assert_trees_all_close(found, conv(F, lengths=jnp.asarray([0, 9, 4])), atol=1e-6)
 
 
 def test_gated_norm_is_its_equation():

@@ -10,7 +10,6 @@ from flax import nnx
 
 import hackle.layers as layers
 from hackle.layers import linen
-from hackle.layers.sharding import axis_rules, constrain
 
 
 def test_rmsnorm_is_its_equation_and_float32_inside():
@@ -134,25 +133,6 @@ def test_parameter_needs_a_name_per_dimension():
         layers.parameter(nnx.Rngs(0), (2, 3), ("embed",), nnx.initializers.zeros)
     with pytest.raises(ValueError, match="every size must be >= 1"):
         layers.parameter(nnx.Rngs(0), (0,), ("embed",), nnx.initializers.zeros)
-
-
-def test_constrain_does_nothing_without_rules_or_mesh_and_names_what_is_wrong():
-    x = jnp.ones((4, 2))
-    assert constrain(x, "batch", None) is x
-    with axis_rules({"batch": "data"}):
-        assert constrain(x, "batch", None) is x
-        with pytest.raises(ValueError, match="needs 2 names"):
-            constrain(x, "batch")
-
-
-@pytest.mark.devices(8)
-def test_constrain_places_activations():
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh), axis_rules({"batch": "data", "mlp": "tensor"}):
-        y = jax.jit(lambda x: constrain(x * 2, "batch", "mlp"))(jnp.ones((8, 4)))
-        assert y.sharding.spec == jax.sharding.PartitionSpec("data", "tensor")
-        with pytest.raises(KeyError, match="no rule for logical axis 'heads'"):
-            constrain(jnp.ones((8, 4)), "batch", "heads")
 
 
 def test_linen_faces_compute_the_same_and_name_their_axes():

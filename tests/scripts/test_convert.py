@@ -17,6 +17,8 @@ from tests.scripts import running
 from tests.scripts.running import SCRIPTS, load
 from tests.zoo.golden import write_golden_checkpoint
 
+TARGETS = ("dense", "parscale", "multiverse")
+
 
 @pytest.fixture
 def call(capsys):
@@ -188,6 +190,39 @@ def test_the_tokenizer_comes_along(tmp_path, call, tokenizer):
         ).read_bytes()
 
 
+def test_tags_are_added_to_model_and_tokenizer(tmp_path, call, tokenizer):
+    data = importlib.import_module("hackle.zoo.data")
+    sizes = dict(vocab_size=384, width=16, mlp_width=24, depth=1, tie_embeddings=False)
+    trunk = zoo.create("dense-tiny", rngs=nnx.Rngs(0), **sizes)
+    zoo.save_pretrained(trunk, tmp_path / "in", files=[tokenizer / "tokenizer.json"])
+    code, said, _ = call("add-tags", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and "260 <Think>, 261 </Think>, 262 <Parallel>" in said
+    model = zoo.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "MultiverseLM" and model.config.vocab_size == 320
+    assert list(model.config.tags.tokens().values()) == list(range(260, 272))
+    text = data.load_tokenizer(tmp_path / "out")
+    assert text.encode("<Path>", special=True) == [model.config.tags.path[0].open]
+    assert text.vocab_size == 272
+    # With the tokenizer of another folder, and to a dense model and back without a loss.
+    assert call("copy", tmp_path / "out", tmp_path / "dense", "--to", "dense")[0] == 0
+    assert type(zoo.from_pretrained(tmp_path / "dense")).__name__ == "DenseLM"
+    assert call("copy", tmp_path / "dense", tmp_path / "back", "--to", "multiverse")[0] == 0
+    back = zoo.from_pretrained(tmp_path / "back")
+    assert back.config == model.config
+    chex.assert_trees_all_equal(nnx.state(back), nnx.state(model))
+
+
+def test_a_tokenizer_without_tags_or_a_model_without_tokenizer_gets_none(tmp_path, call, tokenizer):
+    source, out = golden(tmp_path, 1), tmp_path / "out"
+    code, _, err = call("add-tags", source, out)
+    assert code == 2 and "cannot read tokenizer" in err
+    code, _, err = call("copy", source, out, "--to", "multiverse")
+    assert code == 2 and "tag <Think> has token id 151665, but vocab_size=32" in err
+    code, _, err = call("copy", source, out, "--to", "multiverse", "--tokenizer", tokenizer)
+    assert code == 2 and "the tokenizer has no token <Think>" in err
+    assert not out.exists()
+
+
 def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path, call, tokenizer):
     out = tmp_path / "out"
     code, _, err = call("copy", golden(tmp_path, 1), out, "--tokenizer", tokenizer)
@@ -230,7 +265,7 @@ def test_a_recurrent_model_is_copied_and_becomes_no_transformer(tmp_path, call):
     chex.assert_trees_all_equal(tensors(tmp_path / "rnn"), tensors(tmp_path / "again"))
     said = call("inspect", "pararnn-400m-lstm")[1]
     assert "size of     pararnn-400m-lstm" in said and "  cell            lstm" in said
-    for args in (("copy", "--to", "dense"), ("copy", "--to", "parscale"), ("retrofit",)):
+    for args in (*(("copy", "--to", name) for name in TARGETS), ("retrofit",)):
         more = ("--streams", "2") if args == ("retrofit",) else args[1:]
         code, _, err = call(args[0], tmp_path / "rnn", tmp_path / "no", *more)
         assert code == 2 and "ParaRNNLM" in err

@@ -4,8 +4,10 @@ import pytest
 from flax import nnx
 
 from hackle import zoo
+from hackle.layers.multiverse import Tags
 from hackle.zoo.data.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
-from hackle.zoo.generate import generate
+from hackle.zoo.generate import generate, generate_branches
+from hackle.zoo.generate.columns import columns
 from tests.scripts.running import call, load
 
 
@@ -47,6 +49,51 @@ def test_several_prompts_and_sampling(script, folder, capsys, tmp_path):
 def test_a_run_folder_gives_its_exported_model(script, folder, tmp_path, capsys):
     (tmp_path / "model").symlink_to(folder)
     assert call(script, tmp_path, "--prompt", "def", "--max-new-tokens", 2) == 0
+
+
+@pytest.fixture(scope="module")
+def branching(tmp_path_factory):
+    """A folder of a Multiverse model whose tokenizer has the tags; weights are random."""
+    folder, made = tmp_path_factory.mktemp("branching"), tmp_path_factory.mktemp("tokenizer")
+    plain = train_tokenizer(["1: def f(x):\n    return x + 1\n" * 50], 300, made / FILE_NAME)
+    tags = Tags.numbered(plain.vocab_size)
+    plain.backend.add_special_tokens(list(tags.tokens()))
+    sizes = dict(vocab_size=320, width=16, mlp_width=16, depth=1, head_width=4, tags=tags)
+    zoo.save_pretrained(zoo.create("multiverse-tiny", rngs=nnx.Rngs(1), **sizes), folder)
+    (folder / FILE_NAME).write_text(plain.backend.to_str())
+    assert tags.located(plain.backend.token_to_id) == tags
+    return folder
+
+
+BLOCK = "x<Parallel><Goal><Outline>1: def</Outline><Outline>2: f</Outline></Goal>"
+
+
+def test_branches_are_drawn_side_by_side(script, branching, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert call(script, branching, "--branches", "--prompt", BLOCK, "--max-new-tokens", 40) == 0
+    shown = capsys.readouterr().out.splitlines()
+    tokenizer, model = load_tokenizer(branching), zoo.from_pretrained(branching)
+    draft = generate_branches(
+        model,
+        tokenizer.encode(BLOCK, special=True),
+        max_new_tokens=40,
+        index_end=tokenizer.encode(":"),
+        eos=tokenizer.eos_id,
+    )
+    text = lambda ids: tokenizer.decode(
+        [i for i in ids if i < tokenizer.vocab_size], skip_special=True
+    )
+    assert shown[0] == BLOCK and shown[1:-1] == columns(draft.parts, text, 60)
+    assert shown[1].startswith("1:") and "│ 2:" in shown[1]
+    counts = (
+        f"--- {draft.total} tokens, {draft.critical_path} of them one after the other, 1 blocks"
+    )
+    assert shown[-1].startswith(f"{counts}; ended: {draft.finish}")
+
+
+def test_branches_of_a_model_without_tags(script, folder, capsys):
+    assert call(script, folder, "--branches", "--prompt", "x") == 2
+    assert "error: --branches: the tokenizer has no token <Think>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ ZOO = Path(__file__).resolve().parents[2] / "zoo"
 PART = re.compile(r"(<!-- sizes -->\n).*?(<!-- end of sizes -->)", re.S)
 
 
-def dense_table() -> list[str]:
+def dense_table(family: str = "dense") -> list[str]:
     columns = ["model", "width", "MLP", "layers", "heads / kv", "head width", "vocabulary", "head"]
     lines = [
         f"| {' | '.join(columns)} | parameters |",
@@ -20,7 +20,7 @@ def dense_table() -> list[str]:
     ]
     for name in registry.list_models():
         entry = registry.entry(name)
-        if entry.family == "dense":
+        if entry.family == family:
             c = entry.config
             lines.append(
                 f"| `{name}` | {c.width:,} | {c.mlp_width:,} | {c.depth} "
@@ -65,7 +65,12 @@ def pararnn_table() -> list[str]:
     return lines
 
 
-TABLES = {"dense": dense_table, "parscale": parscale_table, "pararnn": pararnn_table}
+TABLES = {
+    "dense": dense_table,
+    "parscale": parscale_table,
+    "multiverse": lambda: dense_table("multiverse"),
+    "pararnn": pararnn_table,
+}
 
 
 def test_every_family_has_a_card():

@@ -49,11 +49,55 @@ def test_parameter_counts_are_the_published_ones(size):
         assert sum(math.prod(shape) for shape in shapes.values()) == total
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.list_models() if n.startswith(("qwen", "dense"))])
+# Of the released weights; a tied head counts once.
+DENSE_TOTALS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    # Qwen2.5-32B, less 384 rows of table and head.
+    "multiverse-32b": 32_763_876_352 - 2 * 384 * 5120,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in zoo.list_models() if zoo.entry(n).family in ("dense", "multiverse")]
+)
 def test_dense_counts_are_those_of_the_arrays(name):
     entry = zoo.entry(name)
-    leaves = jax.tree.leaves(abstract_model(registry.FAMILIES["dense"], entry.config)[1])
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == entry.config.parameter_count()
+    leaves = jax.tree.leaves(abstract_model(registry.FAMILIES[entry.family], entry.config)[1])
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    assert total == entry.config.parameter_count()
+    assert total == DENSE_TOTALS.get(name, total)
+    assert name in DENSE_TOTALS or "tiny" in name
+    tables = 1 if entry.config.tie_embeddings else 2
+    rows = tables * entry.config.vocab_size * entry.config.width
+    assert entry.config.parameter_count(embedding=False) == total - rows
+
+
+def test_the_published_multiverse_has_151680_rows_and_771_tensors():
+    entry = zoo.entry("multiverse-32b")
+    shapes = published_shapes(registry.FAMILIES["multiverse"], entry.config)
+    assert len(shapes) == 771
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert shapes[name] == (151680, 5120)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 32_759_944_192
+    assert list(entry.config.tags.tokens().values()) == list(range(151665, 151677))
 
 
 def test_67_released_checkpoints_each_have_a_config():
@@ -84,7 +128,7 @@ def test_names_are_unique_and_complete():
     names = zoo.list_models()
     assert len(set(names)) == len(names)
     assert {f"parscale-tiny-p{p}" for p in (1, 2, 4, 8)} < set(names)
-    assert {"dense-tiny", "qwen2.5-72b", "parscale-qwen-3b-p8"} < set(names)
+    assert {"dense-tiny", "qwen2.5-72b", "parscale-qwen-3b-p8", "multiverse-tiny"} < set(names)
 
 
 def test_create_makes_a_model_with_overrides():
@@ -106,6 +150,8 @@ def test_create_makes_a_model_with_overrides():
         ("dense-tiny", {"widht": 2}, "did you mean width"),
         ("dense-tiny", {"kv_heads": 3}, "dense-tiny: heads=4"),
         ("dense-tiny", {"remat": "some"}, "dense-tiny: remat='some'"),
+        ("multiverse-tiny", {"vocab_size": 139}, "multiverse-tiny: tag </Conclusion> has token id"),
+        ("multiverse-tiny", {"tags": 7}, "multiverse-tiny: tags=7; expected"),
     ],
 )
 def test_create_refuses_by_name(name, overrides, message):

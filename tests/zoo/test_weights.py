@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hackle import zoo
+from hackle import layers, zoo
+from hackle.layers.multiverse import Tags
 from hackle.zoo import UserError
 from hackle.zoo.weights.folder import CheckpointError
 from hackle.zoo.weights.tensor_file import read_header, write_file
@@ -42,6 +43,9 @@ def test_import_then_export_gives_the_same_tensors(tmp_path, streams):
     [
         ("dense-tiny", {}),
         ("dense-tiny", {"tie_embeddings": False, "kv_heads": 1, "head_width": 6}),
+        ("dense-tiny", {"qkv_bias": False, "qk_norm": True}),
+        ("dense-tiny", {"qkv_bias": False, "rope_scaling": layers.Llama3Scaling(8.0)}),
+        ("multiverse-tiny", {"tags": Tags.parathinker(3)}),
         ("parscale-tiny-p1", {"tie_embeddings": False}),
         ("parscale-tiny-p4", {}),
     ],

@@ -73,7 +73,12 @@ def test_only_the_parts_of_a_device_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", registry.FAMILIES)
 def test_a_plain_mesh_places_as_the_rule_table_does(family):
-    names = {"dense": "qwen2.5-7b", "parscale": "parscale-1.8b-p4", "pararnn": "pararnn-7b-lstm"}
+    names = {
+        "dense": "qwen3-8b",
+        "parscale": "parscale-1.8b-p4",
+        "multiverse": "multiverse-32b",
+        "pararnn": "pararnn-7b-lstm",
+    }
     config = zoo.entry(names[family]).config
     state = abstract_model(registry.FAMILIES[family], config)[1]
     sizes = dict(zip(pjit_configs.MESH_AXES, (1, 4, 4, 1, 2), strict=True))

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from hackle.zoo.data.prepared import Prepared, Split, load_prepared, open_corpus, prepare
     from hackle.zoo.data.python_source import list_python_source
     from hackle.zoo.data.text_folder import list_text_folder
-    from hackle.zoo.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
+    from hackle.zoo.data.tokenizer import (
+        END_OF_TEXT,
+        Tokenizer,
+        extend_tokenizer,
+        load_tokenizer,
+        train_tokenizer,
+    )
 
 __all__ = [
     "END_OF_TEXT",
@@ -31,6 +37,7 @@ __all__ = [
     "Tokenizer",
     "batch_source",
     "batches",
+    "extend_tokenizer",
     "list_python_source",
     "list_text_folder",
     "load_prepared",
@@ -47,7 +54,13 @@ _HOMES = {
     "prepared": ("Prepared", "Split", "load_prepared", "open_corpus", "prepare"),
     "python_source": ("list_python_source",),
     "text_folder": ("list_text_folder",),
-    "tokenizer": ("END_OF_TEXT", "Tokenizer", "load_tokenizer", "train_tokenizer"),
+    "tokenizer": (
+        "END_OF_TEXT",
+        "Tokenizer",
+        "extend_tokenizer",
+        "load_tokenizer",
+        "train_tokenizer",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

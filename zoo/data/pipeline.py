@@ -2,7 +2,7 @@
 
 import sys
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,36 +17,25 @@ if TYPE_CHECKING:
 BUFFER = 4
 
 
-class Batches:
-    """Random access to this process's part of every batch; what grain reads from.
+class RowSource(Protocol):
+    """The rows of a run by number; any of them can be made without the others. Picklable."""
 
-    Batch b holds rows [b * batch, (b + 1) * batch) of the run, whatever the number of processes;
-    each takes its equal share of them. So a run continues with the same data on more or fewer
-    processes, and no rank runs dry before another.
-    """
+    def take(self, rows: np.ndarray) -> Batch:
+        """Arrays int32 [B, ...] of these rows; a negative number gives a row of padding."""
+        ...
+
+
+class StoredRows:
+    """Packed rows of a prepared split; see `packing.Rows`."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        split: str,
-        *,
-        batch: int,
-        length: int,
-        seed: int | None,
-        epochs: int | None,
-        packing: Packing,
-        process_index: int,
-        process_count: int,
+        self, prepared: Prepared, split: str, *, length: int, seed: int | None, packing: Packing
     ):
         self._prepared = prepared
         self._split = split
-        self._batch = batch
         self._length = length
         self._seed = seed
         self._packing: Packing = packing
-        self._local = batch // process_count
-        self._first = process_index * self._local
-        self._rows_in_run = None if epochs is None else epochs * self._rows.per_epoch
 
     @cached_property
     def _rows(self) -> Rows:
@@ -58,24 +47,79 @@ class Batches:
             packing=self._packing,
         )
 
+    @property
+    def per_epoch(self) -> int:
+        return self._rows.per_epoch
+
+    def take(self, rows: np.ndarray) -> Batch:
+        return self._rows.take(rows)
+
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes open the files themselves instead of being sent their content.
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
 
+    def __repr__(self) -> str:
+        return f"StoredRows({self._prepared.folder.name}, {self._split})"
+
+
+class Batches:
+    """Random access to this process's part of every batch; what grain reads from.
+
+    Batch b holds rows [b * batch, (b + 1) * batch) of the run, whatever the number of processes;
+    each takes its equal share of them. So a run continues with the same data on more or fewer
+    processes, and no rank runs dry before another.
+
+    Args:
+      rows: of the run.
+      batch: rows of the whole batch, over all processes.
+      count: rows in the run; None never ends.
+      process_index, process_count: which share to give. Left out, jax is asked when
+        `jax.distributed` is running, and it is 0 of 1 otherwise.
+
+    Raises:
+      UserError: a batch that does not divide, or processes that can't be.
+    """
+
+    def __init__(
+        self,
+        rows: RowSource,
+        *,
+        batch: int,
+        count: int | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        if process_index is None or process_count is None:
+            if (process_index is None) != (process_count is None):
+                raise UserError("give process_index and process_count together or neither")
+            process_index, process_count = _process()
+        require_least(batch=(batch, 1), process_count=(process_count, 1))
+        if not 0 <= process_index < process_count:
+            raise UserError(
+                f"process_index {process_index} is not one of {process_count} processes"
+            )
+        if batch % process_count:
+            raise UserError(f"batch {batch} does not divide among {process_count} processes")
+        self._rows = rows
+        self._batch = batch
+        self._count = count
+        self._local = batch // process_count
+        self._first = process_index * self._local
+
     def __len__(self) -> int:
-        if self._rows_in_run is None:
+        if self._count is None:
             return sys.maxsize
-        return -(-self._rows_in_run // self._batch)
+        return -(-self._count // self._batch)
 
     def __getitem__(self, index: int) -> Batch:
         first = int(index) * self._batch + self._first
         rows = np.arange(first, first + self._local, dtype=np.int64)
-        if self._rows_in_run is not None:
-            rows[rows >= self._rows_in_run] = -1
+        if self._count is not None:
+            rows[rows >= self._count] = -1
         return self._rows.take(rows)
 
     def __repr__(self) -> str:
-        return f"Batches({self._prepared.folder.name}, {self._split})"
+        return f"Batches({self._rows!r})"
 
 
 def batches(
@@ -131,6 +175,13 @@ def batches(
         process_index=process_index,
         process_count=process_count,
     )
+    return iterate(source, threads=threads, workers=workers, buffer=buffer)
+
+
+def iterate(
+    source: Batches, *, threads: int = 1, workers: int = 0, buffer: int = BUFFER
+) -> "grain.DatasetIterator":
+    """An iterator over the batches of a source; see `batches`."""
     import grain  # brings jax with it, so not at the top
 
     dataset = grain.MapDataset.source(source).to_iter_dataset(
@@ -162,37 +213,28 @@ def batch_source(
     process_count: int | None = None,
 ) -> Batches:
     """The batches of `batches` by number: `len()` and `[b]`; for counting and for tests."""
-    if process_index is None or process_count is None:
-        if (process_index is None) != (process_count is None):
-            raise UserError("give process_index and process_count together or neither")
-        process_index, process_count = _process()
-    for name, value, least in (
-        ("batch", batch, 1),
-        ("length", length, 2),
-        ("epochs", 1 if epochs is None else epochs, 1),
-        ("process_count", process_count, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value} is too small; expected at least {least}")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} is not one of {process_count} processes")
-    if batch % process_count:
-        raise UserError(f"batch {batch} does not divide among {process_count} processes")
+    require_least(length=(length, 2), epochs=(1 if epochs is None else epochs, 1))
     if packing not in PACKINGS:
         raise UserError(f"unknown packing {packing!r}; expected one of {', '.join(PACKINGS)}")
     if not prepared.splits or prepared.offsets(split)[-1] == 0:
         raise UserError(f"split {split!r} of {prepared.folder} holds no tokens")
+    rows = StoredRows(
+        prepared, split, length=length, seed=seed if shuffle else None, packing=packing
+    )
     return Batches(
-        prepared,
-        split,
+        rows,
         batch=batch,
-        length=length,
-        seed=seed if shuffle else None,
-        epochs=epochs,
-        packing=packing,
+        count=None if epochs is None else epochs * rows.per_epoch,
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def require_least(**sizes: tuple[int, int]) -> None:
+    """Raises UserError for the first of `name=(value, least)` that is too small."""
+    for name, (value, least) in sizes.items():
+        if value < least:
+            raise UserError(f"{name} {value} is too small; expected at least {least}")
 
 
 def _process() -> tuple[int, int]:

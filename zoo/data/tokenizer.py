@@ -131,6 +131,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
     return load_tokenizer(path)
 
 
+def extend_tokenizer(tokenizer: Tokenizer, special: Iterable[str], path: Path) -> Tokenizer:
+    """Writes a copy of a tokenizer to `path` in which the texts `special` are special tokens.
+
+    Those that it does not have yet get the ids behind its last one, in their order.
+    """
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    tokens = [tokenizers.AddedToken(text, special=True, normalized=False) for text in special]
+    backend.add_special_tokens(tokens)
+    path.write_text(backend.to_str(), encoding="utf-8")
+    return load_tokenizer(path)
+
+
 def check_vocab_size(vocab_size: int) -> None:
     """Raises UserError when `vocab_size` has no room for the 256 bytes and the end of text."""
     if vocab_size < SMALLEST_VOCABULARY:

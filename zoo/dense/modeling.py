@@ -1,13 +1,17 @@
-"""Dense decoder of the Qwen2 / Qwen2.5 family: the P=1 trunk of ParScale.
+"""Dense decoder of the Qwen2, Qwen2.5, Qwen3 and Llama families: the trunk of the others.
 
-embedding -> depth x (norm, attention, norm, gated MLP) -> norm -> head.
+embedding -> depth x (norm, attention, norm, gated MLP) -> norm -> head. The families differ in
+three fields: Qwen2 and Qwen2.5 have biases on query, key and value; Qwen3 has none, and norms every
+head of query and key instead; Llama has neither, and stretches its rotary frequencies from 3.1 on.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from flax import nnx
 
 from hackle.layers.causal_decoder import CausalDecoder
+from hackle.layers.rotary import Llama3Scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,10 @@ class DenseConfig:
 
     Attributes:
       max_length: the rotary range the model is meant for, in tokens.
+      qkv_bias: query, key and value projections have a bias.
+      qk_norm: every head of query and key is normed before it is rotated.
+      rope_scaling: what is done to the rotary frequencies; None leaves them. A mapping of its
+        fields, as JSON files hold it, becomes one.
       embedding_std: standard deviation of the embedding's first entries; two configs that differ
         in it alone are equal, and published files do not hold it.
       remat: what the backward pass recomputes, one of `layers.REMAT_POLICIES`.
@@ -34,15 +42,22 @@ class DenseConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = True
+    qk_norm: bool = False
+    rope_scaling: Llama3Scaling | None = None
     embedding_std: float = dataclasses.field(default=0.02, compare=False)
     remat: str = "none"
     attention: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", Llama3Scaling(**self.rope_scaling))
 
     def parameter_count(self, embedding: bool = True) -> int:
         """Exact number of parameters; `embedding=False` leaves out the table and the head."""
         d, e = self.width, self.head_width
         heads = self.heads + 2 * self.kv_heads
-        attention = d * e * (heads + self.heads) + (e * heads if self.qkv_bias else 0)
+        attention = d * e * (heads + self.heads)
+        attention += (e * heads if self.qkv_bias else 0) + (2 * e if self.qk_norm else 0)
         count = self.depth * (attention + 3 * d * self.mlp_width + 2 * d) + d
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return count + (tables if embedding else 0)
@@ -95,6 +110,75 @@ class DenseConfig:
         large = dict(max_length=131072, norm_eps=1e-5)
         return cls._qwen2_5(8192, 29568, 80, 64, 8, **{**large, **changes})
 
+    @classmethod
+    def _qwen3(cls, width, mlp_width, depth, heads, tied, **changes) -> "DenseConfig":
+        sizes = dict(width=width, mlp_width=mlp_width, depth=depth, heads=heads, kv_heads=8)
+        kind = dict(head_width=128, qkv_bias=False, qk_norm=True, tie_embeddings=tied)
+        common = dict(vocab_size=151936, max_length=40960, rope_theta=1e6)
+        return cls(**{**sizes, **kind, **common, **changes})
+
+    @classmethod
+    def qwen3_0_6b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(1024, 3072, 28, 16, True, **changes)
+
+    @classmethod
+    def qwen3_1_7b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(2048, 6144, 28, 16, True, **changes)
+
+    @classmethod
+    def qwen3_4b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(2560, 9728, 36, 32, True, **changes)
+
+    @classmethod
+    def qwen3_8b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(4096, 12288, 36, 32, False, **changes)
+
+    @classmethod
+    def qwen3_14b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(5120, 17408, 40, 40, False, **changes)
+
+    @classmethod
+    def qwen3_32b(cls, **changes) -> "DenseConfig":
+        return cls._qwen3(5120, 25600, 64, 64, False, **changes)
+
+    @classmethod
+    def _llama3(cls, width, mlp_width, depth, heads, **changes) -> "DenseConfig":
+        sizes = dict(width=width, mlp_width=mlp_width, depth=depth, heads=heads, kv_heads=8)
+        kind = dict(head_width=width // heads, qkv_bias=False, tie_embeddings=False)
+        common = dict(vocab_size=128256, max_length=8192, rope_theta=5e5, norm_eps=1e-5)
+        return cls(**{**sizes, **kind, **common, **changes})
+
+    @classmethod
+    def llama3_8b(cls, **changes) -> "DenseConfig":
+        return cls._llama3(4096, 14336, 32, 32, **changes)
+
+    @classmethod
+    def llama3_70b(cls, **changes) -> "DenseConfig":
+        return cls._llama3(8192, 28672, 80, 64, **changes)
+
+    @classmethod
+    def llama3_1_8b(cls, **changes) -> "DenseConfig":
+        return cls.llama3_8b(**{**_stretched(8), **changes})
+
+    @classmethod
+    def llama3_1_70b(cls, **changes) -> "DenseConfig":
+        """Llama 3.3 70B, too."""
+        return cls.llama3_70b(**{**_stretched(8), **changes})
+
+    @classmethod
+    def llama3_2_1b(cls, **changes) -> "DenseConfig":
+        small = dict(tie_embeddings=True, **_stretched(32))
+        return cls._llama3(2048, 8192, 16, 32, **{**small, **changes})
+
+    @classmethod
+    def llama3_2_3b(cls, **changes) -> "DenseConfig":
+        small = dict(tie_embeddings=True, **_stretched(32))
+        return cls._llama3(3072, 8192, 28, 24, **{**small, **changes})
+
+
+def _stretched(factor: float) -> dict:
+    return dict(max_length=131072, rope_scaling=Llama3Scaling(factor))
+
 
 class DenseLM(CausalDecoder):
     """Causal language model `tokens [B, L] -> logits [B, L, V]`; see `CausalDecoder`.
@@ -115,6 +199,8 @@ class DenseLM(CausalDecoder):
             norm_eps=config.norm_eps,
             tie_embeddings=config.tie_embeddings,
             qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            rope_scaling=config.rope_scaling,
             embedding_std=config.embedding_std,
             remat=config.remat,
             attention=config.attention,

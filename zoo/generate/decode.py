@@ -75,9 +75,8 @@ def stream(
     The next step runs on the device while the caller looks at this one. Arguments and errors as
     in `generate`; they are checked at the call, before anything is computed.
     """
-    _check(model, prompts, max_new_tokens)
-    stops = frozenset([int(eos)] if isinstance(eos, int | np.integer) else eos or ())
-    return _steps(model, prompts, max_new_tokens, sampling, seed, stops)
+    check_request(model, prompts, max_new_tokens)
+    return _steps(model, prompts, max_new_tokens, sampling, seed, stop_ids(eos))
 
 
 def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
@@ -135,7 +134,15 @@ def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
     return tokens, positions
 
 
-def _check(model, prompts, max_new_tokens) -> None:
+def stop_ids(eos: int | Collection[int] | None) -> frozenset[int]:
+    """The tokens that end a text."""
+    return frozenset([int(eos)] if isinstance(eos, int | np.integer) else eos or ())
+
+
+def check_request(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raises UserError where `generate` would; see there."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     if not prompts:

@@ -49,11 +49,14 @@ def row_keys(seed: int, rows: int) -> jax.Array:
 
 
 def sample(logits: jax.Array, keys: jax.Array, step: jax.Array, how: Sampling) -> jax.Array:
-    """Next tokens int32 `[B]` of float32 logits `[B, V]`, with `row_keys` and the step number."""
+    """Next tokens int32 `[B]` of float32 logits `[B, V]`.
+
+    `keys` are as `row_keys` makes them, `step` is one number or one for each row.
+    """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = keep_likely(logits / how.temperature, how)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

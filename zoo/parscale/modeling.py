@@ -189,6 +189,9 @@ def retrofit(
         raise ValueError(f"the trunk has {known['streams']} streams already; expected 1")
     if not getattr(config, "qkv_bias", True):
         raise ValueError("a ParScale trunk has biases on query, key and value; this one has none")
+    for name in ("qk_norm", "rope_scaling"):
+        if value := getattr(config, name, None):
+            raise ValueError(f"a ParScale trunk has no {name}; this one has {value}")
     known |= {"streams": streams, "prefix_length": prefix_length, "smoothing": smoothing}
     known |= changes
     model = ParScaleLM(ParScaleConfig(**known), rngs=rngs)

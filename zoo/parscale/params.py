@@ -17,7 +17,7 @@ from hackle.zoo.weights.config_fields import Fields
 from hackle.zoo.weights.table import Row
 
 MODEL_TYPE = "qwen2_parscale"
-ARCHITECTURE = "Qwen2ParScaleForCausalLM"
+_TRUNK = dataclasses.replace(dense.MODEL_TYPES["qwen2"], architecture="Qwen2ParScaleForCausalLM")
 
 # p streams, k key-value heads, t prefix length, e head width, j and o the two widths of W1.
 ROWS = (
@@ -56,7 +56,7 @@ def read_config(fields: Mapping[str, Any]) -> ParScaleConfig:
     """
     read = Fields(fields)
     read.only("model_type", MODEL_TYPE)
-    common = dense.read_trunk(read)
+    common = dense.read_trunk(read, _TRUNK)
     own: dict[str, Any] = {
         "streams": read.integer("parscale_n", 1),
         "prefix_length": read.integer("parscale_n_tokens", 48),
@@ -77,9 +77,8 @@ def write_config(config: ParScaleConfig) -> dict[str, Any]:
             f"prefix_length={config.prefix_length} has no published form; expected at least 1"
         )
     return {
-        "architectures": [ARCHITECTURE],
+        **dense.write_trunk(config, _TRUNK),
         "model_type": MODEL_TYPE,
-        **dense.write_trunk(config),
         "parscale_n": config.streams,
         "parscale_n_tokens": config.prefix_length,
         "parscale_attn_smooth": config.smoothing,

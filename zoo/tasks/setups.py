@@ -1,44 +1,57 @@
-"""The tasks by name, each with what ParaRNN (arXiv 2510.21450) trains on it.
+"""The tasks by name: what ParaRNN (arXiv 2510.21450) trains on each, and how.
 
-Cycle navigation, modular arithmetic and A5 are not in its first version. Like parity they ask for
-a state that never fades, so their state matrices are not bounded either.
+Where nothing else is said, as in the paper: up to 3000 epochs of 10,000 rows, 16 a step, learning
+rate 5e-4. Cycle navigation, modular arithmetic and A5 are not in its first version.
 """
 
 import dataclasses
-import difflib
 
-from hackle.zoo.errors import UserError
+from hackle.zoo.errors import unknown
 from hackle.zoo.tasks.memory import Hops, KeepNth, Recall
+from hackle.zoo.tasks.settings import Settings
 from hackle.zoo.tasks.state_tracking import A5, CycleNavigation, ModularArithmetic, Parity
 from hackle.zoo.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A task and the form of the recurrent models on it.
+    """A task, the form of the recurrent models on it, and how every model is trained on it.
 
     Attributes:
       cell_only: no convolution, norm, gate or output projection around the cell.
       add_positions: sinusoids are added to the embedded tokens.
-      state_clip: bound of the state matrix (and peephole); None lets it grow, without which
-        parity cannot be solved.
     """
 
     task: Task
     cell_only: bool = False
     add_positions: bool = False
-    state_clip: float | None = 0.9
+    training: Settings = dataclasses.field(default_factory=Settings)
 
+
+# A state that never fades needs a state matrix without a bound: parity cannot be solved with one.
+_UNBOUNDED = Settings(state_clip=None)
 
 SETUPS: dict[str, Setup] = {
-    "parity": Setup(Parity(), cell_only=True, state_clip=None),
-    "keep-nth": Setup(KeepNth(), cell_only=True, add_positions=True),
-    "recall": Setup(Recall()),
-    "1-hop": Setup(Hops(hops=1, symbols=10)),
-    "2-hop": Setup(Hops(hops=2, symbols=5)),
-    "cycle-navigation": Setup(CycleNavigation(), state_clip=None),
-    "modular-arithmetic": Setup(ModularArithmetic(), state_clip=None),
-    "a5": Setup(A5(), state_clip=None),
+    # The paper's settings: solved within ten epochs.
+    "parity": Setup(Parity(), cell_only=True, training=_UNBOUNDED),
+    # At the paper's rate an LSTM sits still for eight epochs first.
+    "keep-nth": Setup(
+        KeepNth(), cell_only=True, add_positions=True, training=Settings(learning_rate=2e-3)
+    ),
+    # A hundred answers a row: at this rate two epochs are enough.
+    "1-hop": Setup(Hops(hops=1, symbols=10), training=Settings(learning_rate=3e-3)),
+    # Two answers a row: few rows are learnt by heart, and the last errors go as the rate falls.
+    "recall": Setup(
+        Recall(), training=Settings(train_rows=100_000, batch=64, learning_rate=5e-3, epochs=30)
+    ),
+    # The slowest by far, so that larger steps pay; it still rises where this schedule ends.
+    "2-hop": Setup(
+        Hops(hops=2, symbols=5),
+        training=Settings(train_rows=100_000, batch=64, learning_rate=1e-2, epochs=60),
+    ),
+    "cycle-navigation": Setup(CycleNavigation(), training=_UNBOUNDED),
+    "modular-arithmetic": Setup(ModularArithmetic(), training=_UNBOUNDED),
+    "a5": Setup(A5(), training=_UNBOUNDED),
 }
 
 
@@ -49,9 +62,7 @@ def setup(name: str, *, length: int | None = None) -> Setup:
       UserError: no such name, or a length that the task cannot have.
     """
     if name not in SETUPS:
-        near = difflib.get_close_matches(name, SETUPS, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(SETUPS)}"
-        raise UserError(f"unknown task {name!r}; {hint}")
+        raise unknown("task", name, SETUPS)
     found = SETUPS[name]
     if length is None:
         return found

@@ -16,64 +16,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from hackle.zoo.errors import UserError
+from hackle.zoo.tasks.settings import Settings
 from hackle.zoo.tasks.task import Rows, Task
 from hackle.zoo.train.loss import token_losses
 from hackle.zoo.train.optimizer import AdamW, schedule
 
 # Rows of an evaluation that are in memory at once, for every seed.
 EVALUATED = 500
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How one model is trained on one task; the defaults are ParaRNN's (arXiv 2510.21450).
-
-    Attributes:
-      epochs: at most; the learning rate falls to 0 over them, as a cosine.
-      stop_after: epochs after which to stop, wherever the schedule is; None is all of them.
-      batch: rows of a step.
-      train_rows, test_rows: sizes of the two splits.
-      held_out_rows: of the split that tells when to stop.
-      seeds: number of models trained; they differ in first weights and order of rows.
-      check_every: epochs between looks at the held-out rows.
-      state_clip: bound of the state matrices, applied after every step; None for no bound.
-      seed: of the rows, the first weights and the order of rows.
-
-    Raises:
-      UserError: a value that cannot be.
-    """
-
-    epochs: int = 3000
-    stop_after: int | None = None
-    batch: int = 16
-    train_rows: int = 10_000
-    test_rows: int = 100_000
-    held_out_rows: int = 10_000
-    learning_rate: float = 5e-4
-    weight_decay: float = 1e-6
-    seeds: int = 3
-    check_every: int = 1
-    state_clip: float | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in (
-            "epochs", "batch", "train_rows", "test_rows", "held_out_rows", "seeds", "check_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.batch > self.train_rows:
-            raise UserError(f"batch={self.batch}; expected at most train_rows={self.train_rows}")
-        if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
-            raise UserError(f"stop_after={self.stop_after}; expected 1 to epochs={self.epochs}")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate={self.learning_rate}; expected more than 0")
-        for name in ("weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}; expected at least 0")
-        if self.state_clip is not None and self.state_clip <= 0:
-            raise UserError(f"state_clip={self.state_clip}; expected more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +60,13 @@ def train(
     task: Task,
     settings: Settings,
     *,
-    tell: Callable[[Check], None] = lambda check: None,
+    tell: Callable[[Check], bool | None] = lambda check: None,
 ) -> Outcome:
     """Trains until a seed answers all held-out rows, or to the last epoch; then tests.
 
     Args:
       make_model: a model `tokens [B, T] -> logits [B, T, C]` of random numbers.
-      tell: called with every check.
+      tell: called with every check; True ends the training.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
     keys = jax.random.split(jax.random.key(settings.seed), settings.seeds)
@@ -174,17 +123,23 @@ def train(
     state, checks, start = (params, moments), [], time.monotonic()
     last = settings.stop_after or settings.epochs
     for first in range(0, last, settings.check_every):
-        count = min(settings.check_every, last - first)
-        order = jax.random.fold_in(jax.random.key(settings.seed + 1), first)
-        state, losses = epochs(state, jax.random.split(order, (settings.seeds, count)), rows)
-        check = Check(first + count, losses.tolist(), accuracy(state[0], held_out))
+        after = min(first + settings.check_every, last)
+        state, losses = epochs(state, order_keys(settings, first, after), rows)
+        check = Check(after, losses.tolist(), accuracy(state[0], held_out))
         checks.append(check)
-        tell(check)
-        if max(check.accuracy) == 1:
+        if tell(check) or max(check.accuracy) == 1:
             break
     seconds = time.monotonic() - start
     test = task.rows("test", 0, settings.test_rows, seed=settings.seed)
     return Outcome(accuracy(state[0], test), checks, state[0], seconds)
+
+
+def order_keys(settings: Settings, first: int, after: int) -> jax.Array:
+    """Keys `[seeds, after - first]` of the row orders, each of its seed and epoch alone."""
+    of_epochs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    of_seeds = jax.vmap(of_epochs, in_axes=(0, None))
+    start = jax.random.key(settings.seed + 1)
+    return of_seeds(of_epochs(start, jnp.arange(settings.seeds)), jnp.arange(first, after))
 
 
 def _parts(rows: Rows) -> Iterator[Rows]:

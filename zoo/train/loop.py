@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import signal
 import tempfile
 import threading
@@ -86,6 +87,7 @@ def run(
     resume: str = "auto",
     say: Callable[[str], None] | None = None,
     progress_every: float = 10.0,
+    seconds: float | None = None,
 ) -> Summary:
     """Trains, or goes on where an earlier call with the same `out` stopped.
 
@@ -96,6 +98,8 @@ def run(
       resume: "auto" goes on if there is a checkpoint, "must" wants one, "never" wants none.
       say: takes lines for people; None prints them. Only process 0 calls it.
       progress_every: seconds between progress lines where there is no terminal.
+      seconds: after which to save and return as on a signal; None is no limit. A step that has
+        begun is finished, and so is a validation.
 
     Raises:
       UserError: the recipe cannot be run, `out` cannot be written, or its checkpoint is of
@@ -108,6 +112,8 @@ def run(
     say = (say or functools.partial(print, flush=True)) if first else (lambda _: None)
     if resume not in RESUME:
         raise UserError(f"resume={resume!r}; expected one of {', '.join(RESUME)}")
+    if seconds is not None and jax.process_count() > 1:
+        raise UserError(f"seconds={seconds}: several processes have no common clock; expected None")
     plan = Plan(recipe)
     out = Path(out).expanduser()
     _require_writable(out)
@@ -118,6 +124,7 @@ def run(
     if resume == "never" and last is not None:
         raise UserError(f"resume=never, but {out} holds a checkpoint of step {last}")
     source = Source(recipe)
+    plan.check_tags(source.corpus.tags)
     identity = plan.identity(source.fingerprint)
     saved = None if last is None else folder.metadata(last)
     if last is not None and saved is not None:
@@ -128,7 +135,7 @@ def run(
     for line in [source.description, *plan.describe()]:
         say(line)
     with (
-        stop_signals() as stop,
+        stop_signals(math.inf if seconds is None else begun + seconds) as stop,
         Run(plan, source, folder, identity, say, begun, progress_every) as it,
     ):
         return it.train(last, saved, stop)
@@ -347,13 +354,13 @@ class Run:
             return None
         from hackle.zoo import save_pretrained
 
-        folder, data = self.folder.path / "model", self.source.prepared
+        folder, corpus = self.folder.path / "model", self.source.corpus
         save_pretrained(
             self.program.model(state),
             folder,
             overwrite=True,
-            extra=None if data is None else {"eos_token_id": data.eos_id},
-            files=() if data is None else (data.folder / "tokenizer.json",),
+            extra=None if corpus.eos_id is None else {"eos_token_id": corpus.eos_id},
+            files=() if corpus.tokenizer_file is None else (corpus.tokenizer_file,),
         )
         return folder
 
@@ -402,26 +409,31 @@ class Rate:
 
 
 class Stop:
-    """Whether the run was told to stop."""
+    """Whether the run was told to stop, or its time is over.
 
-    def __init__(self):
+    Args:
+      until: `time.monotonic()` of the latter.
+    """
+
+    def __init__(self, until: float = math.inf):
         self.told = False
+        self.until = until
 
     def agreed(self, step: int) -> bool:
         """All processes get the same answer for the same step."""
         if jax.process_count() > 1:
             # The coordinator tells every process the step at which all of them stop.
             return multihost_utils.reached_preemption_sync_point(step)
-        return self.told
+        return self.told or time.monotonic() > self.until
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(until: float = math.inf) -> Iterator[Stop]:
     """Inside, the first SIGTERM or Ctrl-C is noted; the second acts as it always does.
 
     With several processes SIGTERM belongs to JAX's preemption service, which noted it already.
     """
-    stop = Stop()
+    stop = Stop(until)
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stop
         return

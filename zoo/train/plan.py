@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +12,20 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hackle.layers.multiverse import Tags
 from hackle.layers.stack import REMAT_POLICIES
 from hackle.pjit_configs import ConfigError, Preset, describe_mesh, preset
 from hackle.zoo import registry
+from hackle.zoo.data import load_tokenizer
 from hackle.zoo.errors import UserError
-from hackle.zoo.parscale import ParScaleConfig, retrofit
+from hackle.zoo.multiverse import MultiverseConfig, add_tags, as_multiverse
+from hackle.zoo.parscale import retrofit
 from hackle.zoo.train.checkpoint import RunFolder, differences
+from hackle.zoo.train.corpora import BRANCHES, RANDOM, check_packing
 from hackle.zoo.train.metrics import peak_flops, train_flops_per_token
 from hackle.zoo.train.optimizer import decays
 from hackle.zoo.train.recipe import REQUIRED, Recipe
-from hackle.zoo.train.source import RANDOM, check_packing, fields
+from hackle.zoo.train.source import fields
 from hackle.zoo.train.step import Program
 
 
@@ -92,7 +97,7 @@ class Plan:
                     mode=recipe.mode,
                     accumulate=recipe.accumulate,
                     z_loss=recipe.z_loss,
-                    fields=fields(recipe.packing),
+                    fields=fields(recipe),
                     sources=sources,
                 )
             except (ConfigError, UserError):
@@ -100,6 +105,8 @@ class Plan:
             except ValueError as error:  # the model refuses its config
                 raise UserError(f"{recipe.model}: {error}") from error
         chosen = {"attention": recipe.attention, "recurrence": recipe.recurrence}
+        if recipe.packing == BRANCHES:  # not every model knows of them
+            chosen["packing"] = recipe.packing
         for name, choice in chosen.items():
             if choice is None:
                 continue
@@ -117,6 +124,8 @@ class Plan:
             return self.model_class(self.config, rngs=rngs)
         assert self.trunk is not None
         dense: Any = nnx.merge(self.trunk.graph, trunk[0])
+        if isinstance(self.config, MultiverseConfig):
+            return self._with_tags(dense)
         return retrofit(
             dense,
             self.config.streams,
@@ -127,13 +136,40 @@ class Plan:
             rngs=rngs,
         )
 
+    def _with_tags(self, trunk: Any) -> nnx.Module:
+        """The Multiverse model of this run, with the weights of its trunk: those of its tags are
+        the trunk's own, or made from words where a tokenizer tells which."""
+        if not isinstance(trunk.config, MultiverseConfig):
+            if self.recipe.tokenizer is None:
+                trunk = as_multiverse(trunk, self.config.tags)
+            else:
+                trunk = add_tags(trunk, load_tokenizer(self.recipe.tokenizer), self.config.tags)
+        if trunk.config.vocab_size != self.config.vocab_size:
+            raise UserError(
+                f"start_from={self.recipe.start_from!r}: with its tags the trunk has a table of "
+                f"{trunk.config.vocab_size} rows; expected vocab_size={self.config.vocab_size}"
+            )
+        graph = nnx.split(self.model_class(self.config, rngs=nnx.Rngs(0)))[0]
+        return nnx.merge(graph, nnx.state(trunk))
+
+    def check_tags(self, tags: Tags | None) -> None:
+        """Raises UserError where the model's tags are not those of the corpus."""
+        own = getattr(self.config, "tags", tags)
+        if self.recipe.packing == BRANCHES and own != tags:
+            found, expected = (one and one.tokens()["<Think>"] for one in (own, tags))
+            raise UserError(
+                f"tags of {self.recipe.model} are not those of {self.recipe.corpus}: <Think> is "
+                f"token {found}; expected {expected}"
+            )
+
     def identity(self, data_fingerprint: str) -> dict[str, Any]:
         """What a checkpoint remembers, and what a resumed run must agree with."""
         return {
             "recipe": self.recipe.to_json(),
             "model": {
                 "class": self.model_class.__name__,
-                "config": dataclasses.asdict(self.config),
+                # As a checkpoint gives it back: in JSON, tuples are lists.
+                "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
             "precision": dataclasses.asdict(self.preset.precision),
             "data": data_fingerprint,
@@ -219,9 +255,11 @@ class Trunk:
 
     def __init__(self, recipe: Recipe, config: Any):
         assert recipe.start_from is not None
-        if not isinstance(config, ParScaleConfig) or config.streams < 2:
+        branching = isinstance(config, MultiverseConfig)
+        if not branching and getattr(config, "streams", 1) < 2:
             raise UserError(
-                f"start_from needs a ParScale model of two or more streams; got {recipe.model}"
+                "start_from needs a ParScale model of two or more streams, or a Multiverse model; "
+                f"got {recipe.model}"
             )
         if recipe.start_from == REQUIRED:
             raise UserError(
@@ -246,10 +284,16 @@ class Trunk:
             raise UserError(
                 f"start_from={recipe.start_from!r} has {theirs['streams']} streams; expected 1"
             )
-        for name in ("streams", "prefix_length", "smoothing", "embedding_std", *registry.EXECUTION):
+        # What is the run's own, or checked where the trunk's weights are taken over.
+        free = ["streams", "prefix_length", "smoothing", "embedding_std", *registry.EXECUTION]
+        free += (
+            ["tags", "vocab_size", "max_length"]
+            if branching
+            else ["qkv_bias", "qk_norm", "rope_scaling"]
+        )
+        for name in free:
             theirs.pop(name, None)
             ours.pop(name, None)
-        theirs.pop("qkv_bias", None)
         if found := differences(theirs, ours):
             raise UserError(f"start_from={recipe.start_from!r} is no trunk of this model: {found}")
         if recipe.continue_data and recipe.corpus != RANDOM:

@@ -1,7 +1,6 @@
 """What a run is: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -9,7 +8,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hackle.zoo.errors import UserError
+from hackle.layers.multiverse import MAX_DEPTH
+from hackle.zoo.errors import UserError, unknown
 from hackle.zoo.train.optimizer import SCHEDULES, AdamW, Schedule, schedule
 from hackle.zoo.train.step import MODES
 
@@ -48,7 +48,8 @@ class Recipe:
     """With start_from: begin where that run's data ended; false begins anew."""
 
     corpus: str = "python"
-    """python (the standard library), a folder of text files, or random (tokens, for speed)."""
+    """python (the standard library), a folder of text files, random (tokens, for speed), a set of
+    generated problems (mapreduce, mapreduce-easy, ...), or published Multiverse rows (*.jsonl)."""
     data_dir: str = "data"
     """Where prepared data lie."""
     tokenizer: str | None = None
@@ -56,7 +57,10 @@ class Recipe:
     vocab_size: int = 4096
     """Of the tokenizer and the model."""
     packing: str = "documents"
-    """documents (each sees itself only) or stream (rows of one segment)."""
+    """documents (each sees itself only), stream (rows of one segment), or branches (documents
+    whose sibling paths do not see each other; problems and Multiverse rows only)."""
+    branch_depth: int = 2
+    """With branches: blocks inside one another, at most."""
     length: int = 256
     """Tokens in a row."""
     batch: int = 16
@@ -88,6 +92,8 @@ class Recipe:
     """Coefficient of the mean squared log normaliser."""
     seed: int = 0
     """Of parameters and data order."""
+    workers: int = 0
+    """Processes that make batches ahead; 0 is a thread of this one."""
     max_nonfinite: int = 10
     """The run ends after so many steps in a row without a finite loss and gradient."""
 
@@ -122,9 +128,10 @@ class Recipe:
         _require(self, "length", self.length >= 2, "at least 2")
         for name in (
             "warmup", "decay", "weight_decay", "z_loss", "seed",
-            "eval_every", "eval_batches", "save_every", "keep",
+            "workers", "eval_every", "eval_batches", "save_every", "keep",
         ):  # fmt: skip
             _require(self, name, getattr(self, name) >= 0, "at least 0")
+        _require(self, "branch_depth", 1 <= self.branch_depth <= MAX_DEPTH, f"1 to {MAX_DEPTH}")
         _require(self, "max_nonfinite", self.max_nonfinite >= 1, "at least 1")
         _require(self, "learning_rate", self.learning_rate > 0, "more than 0")
         _require(self, "final", 0 <= self.final <= 1, "between 0 and 1")
@@ -174,7 +181,7 @@ class Recipe:
         """
         for name in changes:
             if name not in _TYPES:
-                raise UserError(unknown_field(name))
+                raise unknown("recipe field", name, _TYPES)
         if isinstance(changes.get("overrides"), Mapping):
             changes["overrides"] = {**self.overrides, **changes["overrides"]}
         return dataclasses.replace(self, **changes)
@@ -195,7 +202,7 @@ class Recipe:
             if name.startswith("model."):
                 overrides[name.removeprefix("model.")] = _literal(value)
             elif name not in _TYPES or name == "overrides":
-                raise UserError(unknown_field(name))
+                raise unknown("recipe field", name, _TYPES)
             else:
                 changes[name] = _parse(name, value, _TYPES[name])
         if overrides:
@@ -209,7 +216,7 @@ class Recipe:
     def from_json(cls, fields: Mapping[str, Any]) -> "Recipe":
         for name in fields:
             if name not in _TYPES:
-                raise UserError(unknown_field(name))
+                raise unknown("recipe field", name, _TYPES)
         return cls(**fields)
 
 
@@ -219,13 +226,6 @@ _TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
 def field_names() -> list[str]:
     """Fields of a recipe, in order."""
     return [field.name for field in dataclasses.fields(Recipe)]
-
-
-def unknown_field(name: str) -> str:
-    """The message for a field that a recipe does not have."""
-    near = difflib.get_close_matches(name, _TYPES, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"fields: {', '.join(_TYPES)}"
-    return f"unknown recipe field {name!r}; {hint}"
 
 
 def _require(recipe: Recipe, name: str, holds: bool, expected: str) -> None:

@@ -4,11 +4,10 @@
 command line, or write a function here.
 """
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
-from hackle.zoo.errors import UserError
+from hackle.zoo.errors import unknown
 from hackle.zoo.train.recipe import REQUIRED, Recipe
 
 STREAMS = (1, 2, 4, 8)
@@ -99,6 +98,80 @@ def dense_100m() -> Recipe:
     )  # fmt: skip
 
 
+def multiverse_tiny() -> Recipe:
+    """0.8M weights; learns easy MapReduce problems on a CPU within minutes."""
+    return Recipe(
+        model="multiverse-tiny",
+        corpus="mapreduce-easy",
+        packing="branches",
+        vocab_size=192,
+        length=512,
+        batch=8,
+        steps=800,
+        learning_rate=3e-3,
+        warmup=40,
+        weight_decay=0.01,
+        eval_every=100,
+        eval_batches=4,
+        save_every=200,
+    )
+
+
+def multiverse_small() -> Recipe:
+    """14M weights for one GPU, on MapReduce problems that do not come twice."""
+    return multiverse_tiny().replace(
+        overrides={
+            "width": 384, "mlp_width": 1024, "depth": 8, "heads": 6, "kv_heads": 6,
+            "head_width": 64, "embedding_std": 0.02,
+        },
+        corpus="mapreduce",
+        length=1024,
+        batch=64,
+        steps=3000,
+        learning_rate=1e-3,
+        warmup=150,
+        preset="h100x1",
+        remat="none",
+        workers=8,
+        eval_every=250,
+        save_every=1000,
+    )  # fmt: skip
+
+
+def sequential(base: Recipe) -> Recipe:
+    """The twin of a recipe on problems: the same traces without tags, read one after the other."""
+    return base.replace(packing="documents")
+
+
+def multiverse_finetune() -> Recipe:
+    """Multiverse-32B from Qwen2.5-32B-Instruct, with the published settings; eight stages.
+
+    Set `corpus` to the JSONL of the published rows, `tokenizer` to the trunk's and `start_from`
+    to the trunk (`scripts/convert.py import`). A published step has 16 conversations, one a row;
+    here rows are filled, with three or four. How many steps the stages are is said at the start.
+    """
+    return Recipe(
+        model="multiverse-32b",
+        corpus="multiverse-1k.jsonl",
+        packing="branches",
+        vocab_size=151680,
+        length=32768,
+        batch=8,
+        steps=500,
+        learning_rate=1e-5,
+        warmup=25,
+        final=0.0,
+        weight_decay=1e-4,
+        start_from=REQUIRED,
+        continue_data=False,
+        preset="h100x8_fsdp",
+        remat="full",
+        eval_every=0,
+        eval_batches=0,
+        save_every=100,
+    )
+
+
 def stage_1(base: Recipe) -> Recipe:
     """The first of two stages: P=1, warm-up and then a constant learning rate.
 
@@ -164,6 +237,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "pararnn-tiny": pararnn_tiny,
     "pararnn-100m": pararnn_100m,
     "dense-100m": dense_100m,
+    "multiverse-tiny": multiverse_tiny,
+    "multiverse-tiny-sequential": lambda: sequential(multiverse_tiny()),
+    "multiverse-small": multiverse_small,
+    "multiverse-small-sequential": lambda: sequential(multiverse_small()),
+    "multiverse-finetune": multiverse_finetune,
     **{
         f"throughput-{size}-p{p}": partial(throughput, size, p, 8, p)
         for size in ("0.9b", "1.8b")
@@ -184,7 +262,5 @@ def recipe(name: str) -> Recipe:
       UserError: there is none; names the nearest ones.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(RECIPES)}"
-        raise UserError(f"unknown recipe {name!r}; {hint}")
+        raise unknown("recipe", name, RECIPES)
     return RECIPES[name]()

@@ -1,52 +1,43 @@
-"""Where batches come from: a prepared corpus, or random tokens; and a thread that places them."""
+"""Where batches come from: a corpus, in the form that a packing gives it; and a thread that
+places them."""
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol, cast
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from hackle.zoo.data import PACKINGS, Packing, Prepared, batches, prepare
-from hackle.zoo.errors import UserError
+from hackle.layers.multiverse import Tags, branch_structure
+from hackle.zoo.train.corpora import (
+    BRANCHES,
+    BatchIterator,
+    DataState,
+    HostBatch,
+    has_prompts,
+    open_corpus,
+)
 from hackle.zoo.train.recipe import Recipe
 
-RANDOM = "random"
-HostBatch = dict[str, np.ndarray]
-DataState = Any
 
-
-class BatchIterator(Protocol):
-    """Batches of this process, and a place among them that JSON can hold."""
-
-    def __next__(self) -> HostBatch: ...
-
-    def get_state(self) -> DataState: ...
-
-    def set_state(self, state: DataState) -> None: ...
-
-
-def fields(packing: str) -> tuple[str, ...]:
-    """Names of the arrays of a batch, each int32 `[B, L]`.
+def fields(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Names of the arrays of a batch, each int32, and their axes after `[B, L]`.
 
     Packed documents are told apart by segment ids. Whole rows ("stream") have none, so that
-    attention need not honour any; `loss_mask` says where the padding of the last one is.
+    attention need not honour any; `loss_mask` says where the padding of the last one is, and
+    where there are prompts it leaves them out. Branches have block and path ids at each depth,
+    which come last, so that rows and tokens lie on the mesh as in every other array.
     """
-    return ("tokens", "positions", "segment_ids" if packing == "documents" else "loss_mask")
-
-
-class WholeRows:
-    """A batch iterator of whole rows; see `fields`."""
-
-    def __init__(self, packed: BatchIterator):
-        self._packed = packed
-        self.get_state, self.set_state = packed.get_state, packed.set_state
-
-    def __next__(self) -> HostBatch:
-        return whole_rows(next(self._packed))
+    found: dict[str, tuple[int, ...]] = {"tokens": (), "positions": ()}
+    if recipe.packing != "stream":
+        found["segment_ids"] = ()
+    if recipe.packing == "stream" or has_prompts(recipe.corpus):
+        found["loss_mask"] = ()
+    if recipe.packing == BRANCHES:
+        found |= {"block": (recipe.branch_depth,), "path": (recipe.branch_depth,)}
+    return found
 
 
 def whole_rows(batch: HostBatch) -> HostBatch:
@@ -56,115 +47,66 @@ def whole_rows(batch: HostBatch) -> HostBatch:
     return batch
 
 
-class RandomBatches:
-    """Uniform random tokens in whole rows, from the seed and the number of the batch alone."""
+def with_branches(batch: HostBatch, tags: Tags, depth: int) -> HostBatch:
+    """The batch with the branches of its documents, which were checked whole before: one that is
+    cut by the end of its row keeps the structure that it had."""
+    found = branch_structure(
+        batch["tokens"], tags, depth=depth, segment_ids=batch["segment_ids"], cut=True
+    )
+    block, path = (np.ascontiguousarray(np.moveaxis(ids, 1, 2)) for ids in found[:2])
+    return {**batch, "positions": found.position, "block": block, "path": path}
 
-    def __init__(self, recipe: Recipe, salt: int):
-        self._recipe, self._salt, self._index = recipe, salt, 0
+
+class Formed:
+    """A batch iterator whose batches pass through `form`."""
+
+    def __init__(self, iterator: BatchIterator, form: Callable[[HostBatch], HostBatch]):
+        self._iterator, self._form = iterator, form
+        self.get_state, self.set_state = iterator.get_state, iterator.set_state
 
     def __next__(self) -> HostBatch:
-        recipe = self._recipe
-        rows = recipe.batch // jax.process_count()
-        key = np.random.SeedSequence([recipe.seed, self._salt, self._index, jax.process_index()])
-        shape = (rows, recipe.length)
-        tokens = np.random.default_rng(key).integers(0, recipe.vocab_size, shape, dtype=np.int32)
-        positions = np.broadcast_to(np.arange(recipe.length, dtype=np.int32), shape).copy()
-        self._index += 1
-        return {
-            "tokens": tokens,
-            "positions": positions,
-            "segment_ids": np.ones(shape, np.int32),
-        }
-
-    def get_state(self) -> DataState:
-        return {"next": self._index}
-
-    def set_state(self, state: DataState) -> None:
-        self._index = int(state["next"])
+        return self._form(next(self._iterator))
 
 
 class Source:
     """The data of a run.
 
     Attributes:
-      prepared: the corpus on disk; None for random tokens.
+      corpus: where the tokens come from.
       fingerprint: two runs with the same one read the same tokens.
       description: one line for people.
     """
 
     def __init__(self, recipe: Recipe):
-        """Prepares the corpus, or finds it.
+        """Opens the corpus.
 
         Raises:
-          UserError: see `hackle.zoo.data.prepare`.
+          UserError: see `corpora.open_corpus`.
         """
         self._recipe = recipe
-        self.prepared: Prepared | None = None
-        if recipe.corpus == RANDOM:
-            self.fingerprint = f"{RANDOM} {recipe.vocab_size}"
-            self.description = "data: random tokens"
-            return
-        self.prepared = prepare(
-            recipe.corpus,
-            Path(recipe.data_dir).expanduser(),
-            vocab_size=recipe.vocab_size,
-            tokenizer=recipe.tokenizer,
-        )
-        self.prepared.require_vocabulary(recipe.vocab_size)
-        self.fingerprint = self.prepared.fingerprint
-        self.description = self.prepared.describe()
+        self.corpus = open_corpus(recipe)
+        self.fingerprint = self.corpus.fingerprint
+        self.description = self.corpus.description
 
     def train(self) -> BatchIterator:
-        """Endless, in the order of the seed."""
-        packed = self._packed()
-        return packed if self._recipe.packing == "documents" else WholeRows(packed)
-
-    def _packed(self) -> BatchIterator:
-        recipe = self._recipe
-        if self.prepared is None:
-            return RandomBatches(recipe, 0)
-        return batches(
-            self.prepared,
-            "train",
-            batch=recipe.batch,
-            length=recipe.length,
-            seed=recipe.seed,
-            packing=cast(Packing, recipe.packing),
-        )
+        """In the order of the seed; at least as many batches as the run has steps."""
+        return Formed(self.corpus.train(), self._form)
 
     def validation(self) -> list[HostBatch]:
         """The batches of every validation: the first ones of the split in stored order."""
-        recipe = self._recipe
-        if not recipe.eval_batches:
+        count = self._recipe.eval_batches
+        if not count:
             return []
-        found: Iterator[HostBatch]
-        if self.prepared is None:
-            random = RandomBatches(recipe, 1)
-            found = (next(random) for _ in range(recipe.eval_batches))
-        else:
-            found = self._stored_validation()
-        first = (batch for batch, _ in zip(found, range(recipe.eval_batches), strict=False))
-        return list(first if recipe.packing == "documents" else map(whole_rows, first))
+        return [self._form(batch) for batch in itertools.islice(self.corpus.validation(), count)]
 
-    def _stored_validation(self) -> Iterator[HostBatch]:
-        recipe = self._recipe
-        assert self.prepared is not None
-        return batches(
-            self.prepared,
-            "validation",
-            batch=recipe.batch,
-            length=recipe.length,
-            shuffle=False,
-            epochs=1,
-            packing=cast(Packing, recipe.packing),
-            threads=0,
-        )
-
-
-def check_packing(recipe: Recipe) -> None:
-    """Raises UserError for a packing that `hackle.zoo.data` does not know."""
-    if recipe.packing not in PACKINGS:
-        raise UserError(f"packing={recipe.packing!r}; expected one of {', '.join(PACKINGS)}")
+    def _form(self, batch: HostBatch) -> HostBatch:
+        """What the packing makes of a batch; see `fields`."""
+        if self._recipe.packing == "stream":
+            return whole_rows(batch)
+        if self._recipe.packing == BRANCHES:
+            assert self.corpus.tags is not None  # `check_packing`
+            return with_branches(batch, self.corpus.tags, self._recipe.branch_depth)
+        return batch
 
 
 def place(batch: HostBatch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hackle.layers.multiverse import BranchStructure
 from hackle.layers.sharding import axis_rules
 from hackle.pjit_configs import Preset, batch_sharding, bytes_per_device, check_batch, replicated
 from hackle.zoo.errors import UserError
@@ -25,6 +26,7 @@ from hackle.zoo.train.optimizer import AdamW, Schedule
 
 Batch = Mapping[str, jax.Array]
 MODES = ("all", "frozen_trunk")
+FIELDS: Mapping[str, tuple[int, ...]] = {"tokens": (), "positions": (), "segment_ids": ()}
 
 
 class TrainState(NamedTuple):
@@ -98,7 +100,8 @@ class Program:
       accumulate: microbatches of a step. The update equals that of the whole batch at once.
       z_loss: coefficient of the mean log(Z)^2.
       max_logits: bound of float32 logits held at once on a device; see `loss.loss_pieces`.
-      fields: names of the arrays of a batch, for tracing without one; see `source.fields`.
+      fields: arrays of a batch and their axes after `[B, L]`, for tracing without one; see
+        `source.fields`.
       sources: abstract arrays, as `make` takes them.
 
     Raises:
@@ -121,7 +124,7 @@ class Program:
         accumulate: int = 1,
         z_loss: float = 0.0,
         max_logits: int = MAX_LOGITS,
-        fields: tuple[str, ...] = ("tokens", "positions", "segment_ids"),
+        fields: Mapping[str, tuple[int, ...]] = FIELDS,
         sources: tuple[Any, ...] = (),
     ):
         if accumulate < 1 or batch % accumulate:
@@ -183,8 +186,10 @@ class Program:
 
     def trace_step(self) -> jax.stages.Traced:
         """The step traced for abstract arrays; `.lower().compile()` gives its HLO and memory."""
-        row = jax.ShapeDtypeStruct((self.batch, self.length), jnp.int32)
-        batch = dict.fromkeys(self._fields, row)
+        batch = {
+            name: jax.ShapeDtypeStruct((self.batch, self.length, *rest), jnp.int32)
+            for name, rest in self._fields.items()
+        }
         with jax.set_mesh(self.mesh):
             return self._jit_step.trace(self.abstract, batch)
 
@@ -239,6 +244,7 @@ class Program:
                 batch["tokens"],
                 positions=batch.get("positions"),
                 segment_ids=batch.get("segment_ids"),
+                branches=branches_of(batch),
             )
             # The head takes the kept parameters and casts them itself, piece by piece, so that
             # its gradient adds up over the pieces in the kept dtype.
@@ -306,6 +312,14 @@ class Program:
     def _evaluate(self, trainable: nnx.State, frozen: nnx.State, batch: Batch) -> EvalSums:
         sums = self._sums(trainable, frozen, batch)
         return EvalSums(sums.nll, sums.correct, jnp.sum(next_tokens(batch)[1]))
+
+
+def branches_of(batch: Batch) -> BranchStructure | None:
+    """The branches of a batch as models take them, where it has any: depth before tokens."""
+    if "block" not in batch:
+        return None
+    block, path = (jnp.moveaxis(batch[name], 2, 1) for name in ("block", "path"))
+    return BranchStructure(block, path, batch["positions"])  # type: ignore[arg-type]
 
 
 def _cast(tree: Any, dtype: jnp.dtype) -> Any:

@@ -17,35 +17,56 @@ class Fields:
     """The fields of one config.json, and the problems found in them so far.
 
     Every method marks its field as seen; `problems()` adds one for each field that nobody asked
-    for.
+    for. Where a `default` is None, a missing field is a problem.
+
+    Args:
+      within: stands before the names of fields in messages.
     """
 
-    def __init__(self, fields: Mapping[str, Any]):
+    def __init__(self, fields: Mapping[str, Any], within: str = ""):
         self._fields = dict(fields)
+        self._within = within
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._objects: list[Fields] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value."""
         self._seen.add(key)
         return self._fields.get(key, default)
 
-    def integer(self, key: str, default: int) -> int:
+    def object(self, key: str) -> "Fields | None":
+        """The fields of an object, whose problems are among those of this one; None for null."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.problem(key, value, "an object")
+            return None
+        self._objects.append(Fields(value, f"{self._within}{key}."))
+        return self._objects[-1]
+
+    def integer(self, key: str, default: int | None) -> int:
         """A positive integer; `default` is that of the published config class."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.problem(key, value, "a positive integer")
-            return default
+            return 1 if default is None else default
         return value
 
-    def number(self, key: str, default: float, low: float, high: float = float("inf")) -> float:
+    def number(
+        self, key: str, default: float | None, low: float, high: float = float("inf")
+    ) -> float:
         """A number in [low, high]."""
         value = self.get(key, default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not (numeric and math.isfinite(value) and low <= value <= high):
             bound = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
             self.problem(key, value, f"a number {bound}")
-            return default
+            return low if default is None else default
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -70,13 +91,17 @@ class Fields:
 
     def problem(self, key: str, value: Any, expected: str) -> None:
         """Records that `key` has an unsupported value."""
-        self._problems.append(f"field {key}={_shown(value)} is not supported; expected {expected}")
+        self._problems.append(
+            f"field {self._within}{key}={_shown(value)} is not supported; expected {expected}"
+        )
 
     def problems(self) -> list[str]:
         """All problems; a field that no method was called for is one."""
         unknown = [key for key in self._fields if key not in self._seen]
-        return self._problems + [
-            f"unknown field {key}={_shown(self._fields[key])}" for key in unknown
+        return [
+            *self._problems,
+            *(problem for inside in self._objects for problem in inside.problems()),
+            *(f"unknown field {self._within}{key}={_shown(self._fields[key])}" for key in unknown),
         ]
 
 

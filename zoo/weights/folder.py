@@ -124,11 +124,10 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist")
     fields = _read_json(folder / CONFIG_FILE)
-    model_type = fields.get("model_type")
-    if model_type is None:
+    if fields.get("model_type") is None:
         raise UserError(f"{folder / CONFIG_FILE}: field model_type is missing")
     try:
-        family = registry.family_of_type(model_type)
+        family = registry.family_of_fields(fields)
         return family, family.params.read_config(fields), fields
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error

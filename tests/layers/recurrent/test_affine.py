@@ -86,3 +86,32 @@ def test_rotations_of_two_arrays_keep_the_norm():
     np.testing.assert_allclose(got[0] + 1j * got[1], turned, atol=1e-5 * np.abs(start).max() * 3)
     norms = np.hypot(*got)
     np.testing.assert_allclose(norms, np.broadcast_to(np.hypot(*start), norms.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("time", [1, 2, 3, 13, 32])
+@pytest.mark.parametrize("kind", ["diagonal", "block", "dense"])
+def test_marks_go_where_they_are_carried(kind, time):
+    """Against a loop over time; a mark is carried on by entries that are not zero."""
+    rng = np.random.default_rng(time)
+    cut = rng.random((time, 3)) < 0.2
+    marked = [rng.random((time, 3)) < 0.1 for _ in range(2)]
+    entry = jnp.asarray(np.where(cut, 0, -0.5))
+    zero = jnp.zeros_like(entry)
+    if kind == "dense":
+        cut = np.broadcast_to(cut[:, :1], cut.shape)
+        matrix = jnp.asarray(np.where(cut[:, :1, None], 0, np.eye(3)))
+        marked = marked[:1]
+    else:
+        block = ((zero, entry), (zero, zero))
+        matrix = affine.Diagonal((entry, entry)) if kind == "diagonal" else block
+    want, before = [m.copy() for m in marked], [np.zeros(3, bool)] * 2
+    for t in range(time):
+        for m, b in zip(want, before, strict=False):
+            m[t] |= ~cut[t] & b
+        before = [m[t] for m in want]
+        if kind == "block":
+            before = [before[0] | before[1]] * 2
+        if kind == "dense":
+            before = [np.full(3, before[0].any())]
+    got = affine.reached(matrix, tuple(map(jnp.asarray, marked)), 0)
+    np.testing.assert_array_equal(got, want)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hackle.layers.recurrent import affine, cells, dispatch, newton, shooting
+from hackle.layers.recurrent import affine, cells, newton, scan, shooting
 from tests.layers.recurrent.reference import (
     CELLS,
     METHODS,
@@ -28,7 +28,7 @@ FAR = 1e-2  # the suite allows 1e-5 and less
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch):
-    monkeypatch.setattr(shooting, "_STEPS", 4)
+    monkeypatch.setattr(shooting, "STEPS", 4)
     monkeypatch.setattr(shooting, "_BURN_IN", 1)
 
 
@@ -107,16 +107,16 @@ def test_gradient_through_a_reset(monkeypatch):
 
 
 def test_reset_without_effect(monkeypatch):
-    monkeypatch.setattr(dispatch.scan, "_kept", lambda state, keep: state)
+    monkeypatch.setattr(scan, "_kept", lambda state, keep: state)
     assert errors("gru", "scan")[0] > FAR
 
 
 def test_reset_one_step_late(monkeypatch):
-    solve_ = dispatch.scan.solve
+    solve_ = scan.solve
     late = lambda cell, u, weights, initial, reset: solve_(
         cell, u, weights, initial, jnp.roll(reset, 1, 1)
     )
-    monkeypatch.setattr(dispatch.scan, "solve", late)
+    monkeypatch.setattr(scan, "solve", late)
     assert errors("gru", "scan")[0] > FAR
 
 

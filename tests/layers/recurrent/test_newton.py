@@ -12,6 +12,7 @@ from hackle.layers.recurrent import cells, newton
 from tests.layers.recurrent.reference import (
     CELLS,
     STEPS,
+    call,
     call_with_info,
     draw,
     error,
@@ -29,10 +30,10 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 @functools.partial(jax.jit, static_argnums=0)
 def steps(cell, u, weights, initial, count):
     """States after so many Newton steps, and the info; the count is traced."""
-    states, _, info = newton.solve_with_info(
+    states, _, progress = newton.solve(
         OURS[cell], u, weights, initial, None, tolerance=0.0, max_iterations=count
     )
-    return states, info
+    return states, newton.examine(OURS[cell], u, weights, initial, None, states, progress)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="fallback")
@@ -134,7 +135,8 @@ def test_large_weights_are_reported_and_fall_back(cell):
     assert np.all(np.isfinite(output))
     assert not info.converged
     output, _, info = with_info(cell, "newton", *given, fallback=True)
-    assert not info.converged  # of the method itself
+    # The method itself did not converge; the residual is that of the states returned.
+    assert not info.converged and float(info.residual) < 1e-6
     assert np.all(np.isfinite(output)) and error(output, plain) < 1e-5
     # Shooting ends by causality, whatever the weights.
     output, _, info = with_info(cell, "shooting", *given)
@@ -168,6 +170,22 @@ def test_bounds_are_kept():
         assert error(output, steps("gru", u, weights, initial, count)[0][0]) < 1e-6
     loose = call_with_info("gru", "newton", u, weights, initial, tolerance=0.5)[2]
     assert int(loose.iterations) < int(with_info("gru", "newton", u, weights, initial, None)[2][0])
+
+
+def test_a_row_is_projected_by_its_own_initial_state():
+    """What another row starts from changes nothing, though these iterates leave [-1, 1]."""
+    u, weights, _, _ = draw("gru", (2, 64, 8), 2)
+    zero = jnp.zeros((2, 8))
+    one, other = (
+        call_with_info(
+            "gru", "newton", u, weights, (zero.at[0].set(far),), tolerance=0.0, max_iterations=3
+        )[0]
+        for far in (0.5, 50.0)
+    )
+    np.testing.assert_array_equal(one[1], other[1])
+    assert np.any(one[0] != other[0])
+    (bound,) = newton.state_bound((jnp.asarray([[0.5, -3.0], [jnp.nan, 2.0]]),))
+    np.testing.assert_array_equal(bound, [[1, 3], [1, 2]])
 
 
 def test_an_initial_state_beyond_one_is_not_cut():
@@ -206,6 +224,59 @@ def test_what_is_not_a_number_is_reported_inside_jit(method):
         # Channels that do not see it are right.
         states, _ = solve("gru", u, weights, initial)
         assert error(output[..., :3], states[0][..., :3]) < 5e-6
+
+
+@pytest.mark.parametrize("method", ["scan", "newton", "shooting"])
+@every_cell
+def test_what_is_not_a_number_spoils_what_follows_and_nothing_else(cell, method):
+    """In u, and in the initial state: all later states of that row and channel, up to a reset."""
+    u, weights, initial, _ = draw(cell, (2, 160, 4), 0.9)
+    reset = jnp.zeros((2, 160), bool).at[:, 100].set(True)
+    states, last = solve(cell, u, weights, initial, reset)
+    spoilt = np.zeros((2, 160, 4), bool)
+    spoilt[0, 7:100, 2] = spoilt[1, :100, 1] = spoilt[1, 130:, 3] = True
+    u = u.at[0, 7, 0, 2].set(jnp.nan).at[1, 130, 2, 3].set(jnp.nan)
+    initial = tuple(x.at[1, 1].set(jnp.nan) for x in initial)
+    output, final, info = with_info(cell, method, u, weights, initial, reset)
+    np.testing.assert_array_equal(np.isnan(output), spoilt)
+    assert error(jnp.where(spoilt, 0, output), np.where(spoilt, 0, states[-1])) < 5e-6
+    for x, want in zip(final, last, strict=True):
+        np.testing.assert_array_equal(np.isnan(x), spoilt[:, -1])
+        assert error(jnp.where(spoilt[:, -1], 0, x), np.where(spoilt[:, -1], 0, want)) < 5e-6
+    assert not info.converged and np.isnan(info.residual)
+    # A weight reaches all times of its channel.
+    output, _, info = with_info(cell, method, u, weights.at[0, 0].set(jnp.nan), initial, reset)
+    assert np.all(np.isnan(output[..., 0])) and not info.converged
+
+
+def test_no_gradient_flows_through_the_info():
+    """Though the figures depend on the inputs."""
+    given = draw("gru", (1, 16, 2), 0.9)
+
+    def figures(u, method):
+        info = call_with_info("gru", method, u, *given[1:])[2]
+        return info.residual + info.log_jacobian
+
+    for method in ("scan", "newton"):
+        assert float(figures(given[0], method)) != float(figures(1.1 * given[0], method))
+        assert not np.any(jax.jit(jax.grad(figures), static_argnums=1)(given[0], method))
+
+
+def test_derivatives_are_of_reverse_mode_and_second_ones_are_right_or_refused():
+    u, weights, initial, _ = draw("gru", (1, 24, 2), 0.9)
+
+    def gradient(method):
+        loss = lambda weights: jnp.sum(jnp.sin(call("gru", method, u, weights, initial)[0]))
+        with pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(loss, (weights,), (weights,))
+        return jax.grad(loss)
+
+    want = jax.jit(jax.jacrev(gradient("scan")))(weights)
+    assert np.max(np.abs(want)) > 0.1
+    got = jax.jit(jax.jacfwd(gradient("newton")))(weights)
+    assert relative_error(got, want) < 1e-5
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.jacrev(gradient("newton")))(weights)
 
 
 def test_float64_is_computed_in_float64():

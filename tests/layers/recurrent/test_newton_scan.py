@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -107,6 +108,41 @@ def test_derivatives_are_those_of_scan(kind):
 
 
 @every_kind
+def test_second_derivatives_are_those_of_scan(kind):
+    """Reverse over reverse, and forward over reverse."""
+    params, inputs, state = draw(kind, time=12, width=2)
+
+    def hessians(solve):
+        def loss(params, state):
+            states = solve(kind, params, inputs, state)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(states))
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        along = jax.tree.map(jnp.cos, (params, state))
+        again = jax.grad(lambda *given: optax.tree.vdot(gradient(*given), along), argnums=(0, 1))
+        return jax.jit(lambda *given: (again(*given), jax.jvp(gradient, given, along)[1]))
+
+    got = hessians(lambda *given: by_newton(*given)[0])(params, state)
+    want = hessians(by_scan)(params, state)
+    assert sum(np.max(np.abs(x)) > 1e-2 for x in jax.tree.leaves(want)) >= 6
+    assert error(got, want) < 1e-5 * max(np.max(np.abs(x)) for x in jax.tree.leaves(want))
+
+
+def test_no_gradient_flows_through_the_info():
+    params, inputs, state = draw("diagonal")
+
+    def figures(params, method):
+        info = by_newton("diagonal", params, inputs, state, method=method)[1]
+        return info.residual + info.log_jacobian
+
+    for method in ("scan", "newton"):
+        doubled = jax.tree.map(lambda x: 2 * x, params)
+        assert float(figures(params, method)) != float(figures(doubled, method))
+        gradient = jax.jit(jax.grad(figures), static_argnums=1)(params, method)
+        assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+@every_kind
 def test_vmap_is_a_loop(kind):
     params, inputs, state = draw(kind)
     scaled = lambda tree: jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -x]), tree)
@@ -163,8 +199,8 @@ def test_linear_cell_takes_one_iteration(time):
         before = jnp.concatenate([jnp.zeros((1, 3)), states[0][:-1]])
         return (a * before + b,), Diagonal((a,))
 
-    solve = jax.jit(lambda: newton.iterate(linearize, (b,), 0, tolerance=0.0, max_iterations=1)[:2])
-    (states,), iterations = solve()
+    solve = jax.jit(lambda: newton.iterate(linearize, (b,), 0, tolerance=0.0, max_iterations=1))
+    (states,), (iterations, _) = solve()
     bound = np.finfo(np.float32).eps * time * np.max(np.abs(h))
     assert int(iterations) == 1 and np.max(np.abs(states - h)) <= bound
     # The public function sees that the second correction is nothing.
@@ -195,8 +231,9 @@ def test_chaos_is_reported_and_falls_back():
     _, info = newton_scan(wild, inputs, start, max_iterations=8)
     assert not info.converged and int(info.iterations) == 8
     assert float(info.log_jacobian) > 0.3  # its exponent is about 0.5
+    assert not float(info.residual) < 1e-3
     fallen, info = newton_scan(wild, inputs, start, max_iterations=8, fallback=True)
-    assert not info.converged
+    assert not info.converged and float(info.residual) < 1e-6  # of the states returned
     scanned, _ = newton_scan(wild, inputs, start, method="scan")
     np.testing.assert_array_equal(fallen, scanned)
 
@@ -213,8 +250,38 @@ def test_inputs_that_are_not_numbers_are_reported(method):
     params, inputs, state = draw("diagonal")
     inputs["push"] = inputs["push"].at[9, 0].set(jnp.nan)
     states, info = by_newton("diagonal", params, inputs, state, method=method)
-    assert not info.converged
-    assert np.isnan(states["h"][9, 0]) and np.isfinite(states["h"][:, 1:]).all()
+    assert not info.converged and np.isnan(info.residual)
+    # They spoil the later states of that channel, and nothing else.
+    np.testing.assert_array_equal(np.isnan(states["h"][:, 0]), np.arange(TIME) >= 9)
+    inputs["push"] = inputs["push"].at[9, 0].set(0)
+    clean, _ = by_newton("diagonal", params, inputs, state, method="scan")
+    assert error(states["h"][:, 1:], clean["h"][:, 1:]) < 2e-6
+    assert error(states["h"][:9], clean["h"][:9]) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["block", "dense"])
+def test_what_is_not_a_number_spoils_what_depends_on_it(kind):
+    """Also of many rows at once, and only as far as the step looks back."""
+    params, inputs, state = draw(kind)
+    forgets = jnp.arange(TIME) == 25  # there the state before is not looked at
+    cell = CELLS[kind]
+
+    def step(h, x):
+        x, forget = x
+        return cell(params, jax.tree.map(lambda a: jnp.where(forget, 0, a), h), x)
+
+    push = jnp.stack([inputs["push"], inputs["push"].at[9, 0].set(jnp.nan)])
+    solve = lambda push, method: newton_scan(
+        step, (inputs | {"push": push}, forgets), state, jacobian=kind, method=method
+    )
+    states, info = jax.jit(jax.vmap(lambda push: solve(push, None)))(push)
+    np.testing.assert_array_equal(info.converged, [True, False])
+    assert error(jax.tree.map(lambda x: x[0], states), solve(push[0], "scan")[0]) < 2e-6
+    for x, y in zip(
+        jax.tree.leaves(states), jax.tree.leaves(solve(push[1], "scan")[0]), strict=True
+    ):
+        np.testing.assert_array_equal(np.isnan(x[1]), np.isnan(y))
+        assert error(jnp.nan_to_num(x[1]), jnp.nan_to_num(y)) < 2e-6
 
 
 def test_the_bound_keeps_iterates_where_states_are():

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hackle.layers import recurrent
+from hackle.layers.recurrent import newton
 from hackle.layers.sharding import axis_rules
 
 AXES = ("data", "seq", "tensor")
@@ -153,9 +154,77 @@ def test_time_that_does_not_divide_is_named():
         jax.jit(f)(u)
 
 
+def informed(method, **options):
+    """A GRU of u, weights and initial state: states and info."""
+
+    def f(u, weights, initial):
+        states, _, info = recurrent.gru_with_info(u, *weights, initial, method=method, **options)
+        return states, info
+
+    return f
+
+
 @pytest.mark.devices(8)
-def test_a_tolerance_over_a_mesh_is_refused():
-    u = jnp.zeros((1, 16, 3, 4))
-    f = lambda u: recurrent.gru_with_info(u, jnp.zeros((3, 4)), method="newton", tolerance=1e-3)
-    with jax.set_mesh(mesh(seq=8)), axis_rules(RULES), pytest.raises(NotImplementedError):
-        jax.jit(f)(u)
+@pytest.mark.parametrize("where", [{"seq": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_a_part_that_does_not_converge_is_told(where):
+    """Weights of 5, where Newton's method does not converge in 32 steps."""
+    u, weights, initial, *_ = arguments("gru", 256, 5.0)
+    (_, info), _ = over(mesh(**where), informed("newton"), u, weights, initial)
+    assert not info.converged and int(info.iterations) >= newton.MAX_ITERATIONS
+    assert float(info.residual) > 1e-3
+    # Told to fall back, every part does.
+    f = informed("newton", fallback=True)
+    (states, info), _ = over(mesh(**where), f, u, weights, initial)
+    assert not info.converged and float(info.residual) < 1e-6
+    np.testing.assert_allclose(states, informed("scan")(u, weights, initial)[0], atol=1e-5)
+
+
+@pytest.mark.devices(8)
+def test_iterations_of_the_parts_are_told():
+    u, weights, initial, *_ = arguments("gru", 512, 0.5)
+    alone = jax.jit(informed("newton"))(u, weights, initial)[1]
+    (_, info), _ = over(mesh(seq=2), informed("newton"), u, weights, initial)
+    assert bool(info.converged) and float(info.residual) < 1e-6
+    assert 3 <= int(info.iterations) <= 2 * int(alone.iterations)
+    # Step by step, the passes over the devices: one, as entries agree after 64 steps of burn-in.
+    (_, info), _ = over(mesh(seq=2), informed("scan"), u, weights, initial)
+    assert bool(info.converged) and int(info.iterations) == 1
+    nearly_closed = u.at[:, :, 0].add(-6)
+    (_, info), _ = over(mesh(seq=4), informed("scan"), nearly_closed, weights, initial)
+    assert bool(info.converged) and int(info.iterations) in (2, 3, 4)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("rules", [True, False], ids=["rules", "no rules"])
+@pytest.mark.parametrize("method", ["scan", "newton", "shooting"])
+def test_what_is_not_a_number_on_one_device_is_told(method, rules):
+    """A maximum over devices may drop it."""
+    u, weights, initial, *_ = arguments("gru", 256, 0.5)
+    u = u.at[1, 200, 0, 5].set(jnp.nan)
+    f, where = informed(method), mesh(data=2, seq=2, tensor=2)
+    if rules:
+        (states, info), _ = over(where, f, u, weights, initial)
+    else:
+        spec = PartitionSpec("data", "seq", None, "tensor")
+        u = jax.device_put(u, NamedSharding(where, spec))
+        states, info = jax.jit(f)(u, weights, initial)
+    assert not info.converged and np.isnan(info.residual)
+    spoilt = np.zeros(states.shape, bool)
+    spoilt[1, 200:, 5] = True
+    np.testing.assert_array_equal(np.isnan(states), spoilt)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_gradients_of_bfloat16_start_from_entries_that_are_not_rounded(cell):
+    """Gates nearly closed, so that a part remembers where it entered."""
+    u, weights, initial, reset, given = arguments(cell, 64, 0.9)
+    u = u.at[:, :, 0].add({"gru": -6, "lstm": 6}[cell]).astype(jnp.bfloat16)
+    reset = jnp.zeros_like(reset)
+    f = functools.partial(gradients, cell, "scan")
+    (alone, _), ((spread, _), _) = (
+        jax.jit(f)(u, weights, initial, reset, given),
+        over(mesh(seq=2), f, u, weights, initial, reset, given),
+    )
+    for a, b in zip(jax.tree.leaves(spread[1:]), jax.tree.leaves(alone[1:]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(b))))

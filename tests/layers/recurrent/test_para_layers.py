@@ -16,7 +16,11 @@ from tests.layers.recurrent.reference import (
     METHODS,
     STATES,
     STEPS,
+    call,
+    cotangents,
+    draw,
     error,
+    gradients,
     relative_error,
 )
 
@@ -119,6 +123,54 @@ def test_reset_and_lengths_reach_the_recurrence(cell):
     y, final = layer(x, lengths=jnp.asarray([7, 12]))
     assert not np.any(y[0, 7:])
     assert error(jax.tree.map(lambda s: s[:1], final), layer(x[:1, :7])[1]) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@every_cell
+def test_nan_behind_the_length_of_a_row_reaches_nothing(cell, method):
+    """Neither outputs, nor final states, nor any gradient."""
+    graph, params = nnx.split(made(cell, method=method))
+    lengths = jnp.asarray([0, 7, 12])
+    behind = (jnp.arange(12) >= lengths[:, None])[..., None]
+    x = inputs((3, 12, IN))
+
+    def loss(params, x):
+        y, state = nnx.merge(graph, params)(x, lengths=lengths)
+        return jnp.sum(y**2) + sum(jnp.sum(s**2) for s in jax.tree.leaves(state)), (y, state)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    found = run(params, jnp.where(behind, jnp.nan, x))
+    chex.assert_tree_all_finite(found)
+    chex.assert_trees_all_equal(found, run(params, jnp.where(behind, 7, x)))
+
+
+@every_cell
+def test_the_bare_recurrence_does_not_see_them_either(cell):
+    u, weights, initial, _ = draw(cell, (2, 12, WIDTH), 0.9)
+    lengths = jnp.asarray([7, 12])
+    hidden = u.at[0, 7:].set(jnp.nan)
+    y, final = call(cell, "scan", hidden, weights, initial, None, lengths)
+    assert error((y, final), call(cell, "scan", u, weights, initial, None, lengths)) == 0
+    given = cotangents(cell, (2, 12, WIDTH))
+    found = gradients(cell, "scan", hidden, weights, initial, None, *given, lengths)
+    assert error(found, gradients(cell, "scan", u, weights, initial, None, *given, lengths)) == 0
+    assert not np.any(found[0][0, 7:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@every_cell
+def test_final_states_of_short_rows_are_not_rounded(cell, method):
+    """In bfloat16 a row that ends early ends in the float32 state that it has alone."""
+    layer, x = made(cell, method=method), inputs((3, 12, IN), dtype=jnp.bfloat16)
+    lengths = [5, 1, 12]
+    y, final = layer(x, lengths=jnp.asarray(lengths))
+    assert y.dtype == jnp.bfloat16
+    for row, length in enumerate(lengths):
+        _, alone = layer(x[row : row + 1, :length])
+        mine = jax.tree.map(lambda s, row=row: s[row : row + 1], final)
+        assert error(mine, alone) < 1e-6, row
+        rounded = jax.tree.map(lambda s: s.astype(jnp.bfloat16), alone)
+        assert error(rounded, alone) > 1e-4
 
 
 @every_cell

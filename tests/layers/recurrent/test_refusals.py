@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -26,11 +27,23 @@ STATE = jnp.zeros((2, 5))
         (U.astype(jnp.int32), A, None, {}, "u must be floating-point .* got int32"),
         (U[:, :0], A, None, {}, r"u has shape \(2, 0, 3, 5\); .* time .* at least 1"),
         (U[:0], A, None, {}, r"u has shape \(0, 4, 3, 5\)"),
-        (U, A[:2], None, {}, r"a must be \[3, width\] = \(3, 5\), got \(2, 5\)"),
-        (U, A[:, :4], None, {}, r"a must be \[3, width\] = \(3, 5\), got \(3, 4\)"),
-        (U, A, STATE[:1], {}, r"initial_state must be .* = \(2, 5\), got \[\(1, 5\)\]"),
-        (U, A, STATE[:, :4], {}, r"initial_state must be .* = \(2, 5\), got \[\(2, 4\)\]"),
-        (U, A, (STATE, STATE), {}, r"initial_state must be 1 x .*, got \[\(2, 5\), \(2, 5\)\]"),
+        (U, A[:2], None, {}, r"a must be .* \[3, width\] = \(3, 5\), got float32 \(2, 5\)"),
+        (U, A[:, :4], None, {}, r"a must be .* = \(3, 5\), got float32 \(3, 4\)"),
+        (U, A, STATE[:1], {}, r"initial_state must be .* = \(2, 5\), got \['float32 \(1, 5\)'\]"),
+        (
+            U,
+            A,
+            STATE[:, :4],
+            {},
+            r"initial_state must be .* = \(2, 5\), got \['float32 \(2, 4\)'\]",
+        ),
+        (
+            U,
+            A,
+            (STATE, STATE),
+            {},
+            r"initial_state must be 1 x .*, got \[.* \(2, 5\)', .* \(2, 5\)'\]",
+        ),
         (
             U,
             A,
@@ -41,9 +54,16 @@ STATE = jnp.zeros((2, 5))
         (U, A, None, {"reset": jnp.zeros((2, 4))}, r"reset must be bool .* got float32 \(2, 4\)"),
         (U, A, None, {"lengths": jnp.zeros((2,))}, r"lengths must be integers .* got float32"),
         (U, A, None, {"lengths": jnp.zeros((3,), int)}, r"lengths must be .* = \(2,\), got int32"),
+        (U, jnp.zeros((3, 5), int), None, {}, r"a must be floating-point .* got int32 \(3, 5\)"),
+        (U, A, jnp.zeros((2, 5), int), {}, r"initial_state must be .* got \['int32 \(2, 5\)'\]"),
+        (U, A, None, {"reset": [[True] * 3] * 2}, r"reset must be bool .* got bool \(2, 3\)"),
+        (U, A, None, {"lengths": [4]}, r"lengths must be integers .* got int32 \(1,\)"),
+        (U, A, None, {"lengths": [4, 5]}, r"lengths must be 0 to 4, got \[4, 5\]"),
         (U, A, None, {"method": "fast"}, r"unknown method 'fast' .* one of \('scan', 'newton'"),
         (U.at[0, 1, 2, 3].set(jnp.nan), A, None, {}, "gru: u has entries that are not finite"),
         (U.at[1, 3, 0, 0].set(jnp.inf), A, None, {}, "gru: u has entries that are not finite"),
+        (U, A.at[2, 1].set(jnp.nan), None, {}, "gru: a has entries that are not finite"),
+        (U, A, STATE.at[1, 1].set(jnp.inf), {}, "gru: initial_state has entries that are not"),
     ],
 )
 def test_gru_refuses(u, a, initial, options, text):
@@ -55,17 +75,19 @@ def test_gru_refuses(u, a, initial, options, text):
 @pytest.mark.parametrize(
     "u, a, peephole, initial, text",
     [
-        (U, A, A, None, r"lstm: peephole must be \[2, width\] = \(2, 5\), got \(3, 5\)"),
-        (U, P, P, None, r"lstm: a must be \[3, width\] = \(3, 5\), got \(2, 5\)"),
-        (U, A, P, STATE, r"lstm: initial_state must be 2 x .*, got \[\(2, 5\)\]"),
+        (U, A, A, None, r"lstm: peephole must be .* \[2, width\] = \(2, 5\), got float32 \(3, 5\)"),
+        (U, P, P, None, r"lstm: a must be .* \[3, width\] = \(3, 5\), got float32 \(2, 5\)"),
+        (U, A, P, STATE, r"lstm: initial_state must be 2 x .*, got \['float32 \(2, 5\)'\]"),
         (
             U,
             A,
             P,
             (STATE, STATE[:, :1]),
-            r"initial_state must be 2 x .* got \[\(2, 5\), \(2, 1\)\]",
+            r"initial_state must be 2 x .* got \[.* \(2, 5\)', .* \(2, 1\)'\]",
         ),
         (U[:, :0], A, P, None, r"lstm: u has shape \(2, 0, 3, 5\)"),
+        (U, A, P.at[0, 0].set(jnp.nan), None, "lstm: peephole has entries that are not finite"),
+        (U, A, P, (STATE, STATE + jnp.nan), "lstm: initial_state has entries that are not finite"),
     ],
 )
 def test_lstm_refuses(u, a, peephole, initial, text):
@@ -78,12 +100,57 @@ def test_shapes_are_checked_inside_jit_too():
         jax.jit(lambda u: recurrent.gru(u, A, reset=jnp.zeros((2, 3), bool)))(U)
 
 
+def test_constants_of_a_jitted_function_are_checked_too():
+    wrong, lengths = U + jnp.nan, jnp.asarray([5, 1])
+    assert jax.jit(lambda a: recurrent.gru(U, a))(A)[0].shape == (2, 4, 5)
+    with pytest.raises(ValueError, match="u has entries that are not finite"):
+        jax.jit(lambda a: recurrent.gru(wrong, a))(A)
+    with pytest.raises(ValueError, match=r"lengths must be 0 to 4, got \[5, 1\]"):
+        jax.jit(lambda u: recurrent.gru(u, A, lengths=lengths))(U)
+
+
 def test_options_of_iteration_belong_to_methods_that_iterate():
     for options in ({"tolerance": 1e-3}, {"max_iterations": 3}, {"fallback": True}):
-        with pytest.raises(ValueError, match="method 'scan' does not iterate"):
+        ((name, value),) = options.items()
+        text = f"gru: method 'scan' does not iterate, got {name}={value}; expected one of"
+        with pytest.raises(ValueError, match=text):
             recurrent.gru_with_info(U, A, method="scan", **options)
-    with pytest.raises(ValueError, match="max_iterations=0; expected at least 1"):
-        recurrent.lstm_with_info(U, A, P, method="newton", max_iterations=0)
+        if name != "fallback":
+            text = f"method None may be one that does not iterate, got {name}={value}; expected"
+            with pytest.raises(ValueError, match=text):
+                recurrent.gru_with_info(U, A, **options)
+
+
+def test_whatever_none_stands_for_may_fall_back():
+    states, _, info = recurrent.gru_with_info(U + 1, A, fallback=True)
+    assert bool(info.converged)
+    np.testing.assert_allclose(states, recurrent.gru(U + 1, A, method="scan")[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"max_iterations": 0}, "max_iterations=0; expected an integer from 1 on"),
+        ({"max_iterations": 2.5}, "max_iterations=2.5; expected an integer from 1 on"),
+        ({"tolerance": -1e-3}, "tolerance=-0.001; expected a finite number from 0 on"),
+        ({"tolerance": float("nan")}, "tolerance=nan; expected a finite number from 0 on"),
+    ],
+)
+def test_bounds_that_mean_nothing_are_refused(options, text):
+    for method in ("newton", "shooting"):
+        with pytest.raises(ValueError, match=f"lstm: {text}"):
+            recurrent.lstm_with_info(U, A, P, method=method, **options)
+    with pytest.raises(ValueError, match=f"newton_scan: {text}"):
+        recurrent.newton_scan(plus, X, H, **options)
+
+
+def test_lists_are_arrays():
+    u, cut = jax.random.normal(jax.random.key(0), U.shape), [False, False, True, False]
+    got = recurrent.gru(u.tolist(), (A + 0.5).tolist(), reset=[cut, cut], lengths=[3, 4])
+    reset, lengths = jnp.asarray([cut, cut]), jnp.asarray([3, 4])
+    want = recurrent.gru(u, A + 0.5, reset=reset, lengths=lengths)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about a chip without a kernel")
@@ -111,12 +178,53 @@ def test_layers_refuse(layer, options, text):
 @pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
 def test_layers_refuse_inputs(layer):
     made = layer(8, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="input has width 7, expected 8"):
-        made(jnp.zeros((2, 3, 7)))
+    name = layer.__name__
+    x = rf"{name}: x must be floating-point \[batch, time, 8\], got"
+    for wrong, got in (
+        (jnp.zeros((2, 3, 7)), r"float32 \(2, 3, 7\)"),
+        (jnp.zeros((3, 8)), r"float32 \(3, 8\)"),
+        (jnp.zeros((2, 3, 8), jnp.int32), r"int32 \(2, 3, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=f"{x} {got}"):
+            made(wrong)
+    with pytest.raises(ValueError, match=rf"{name}: lengths must be integers \[batch\] = \(2,\)"):
+        made(jnp.zeros((2, 3, 8)), lengths=jnp.zeros((3,), int))
+    for wrong in ([4, 0], [3, -1]):
+        with pytest.raises(ValueError, match=f"lengths must be 0 to 3, got \\[{wrong[0]}, "):
+            made(jnp.zeros((2, 3, 8)), lengths=jnp.asarray(wrong))
     with pytest.raises(ValueError, match="initial_state must be"):
         made(jnp.zeros((2, 3, 8)), made.initial_state(3))
     with pytest.raises(ValueError, match="at least 1"):
         made(jnp.zeros((2, 0, 8)))
+
+
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+def test_steps_refuse_inputs(layer):
+    made = layer(8, 4, rngs=nnx.Rngs(0))
+    state = made.initial_state(2)
+    x = rf"{layer.__name__}: x must be floating-point \[batch, 8\], got"
+    for wrong, got in (
+        (jnp.zeros((2, 7)), r"float32 \(2, 7\)"),
+        (jnp.zeros((2, 1, 8)), r"float32 \(2, 1, 8\)"),
+        (jnp.zeros((2, 8), jnp.int32), r"int32 \(2, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=f"{x} {got}"):
+            made.step(wrong, state)
+    arrays = len(jax.tree.leaves(state))
+    for wrong in (made.initial_state(3), (jnp.zeros((2, 4)),) * (3 - arrays), jnp.zeros((2, 8))):
+        shapes = r"expected " + rf"\[\(2, 4\){', .*' * (arrays - 1)}\]"
+        with pytest.raises(ValueError, match=f"{layer.__name__}: state has shapes .*, {shapes}"):
+            made.step(jnp.zeros((2, 8)), wrong)
+    with pytest.raises(ValueError, match=f"{layer.__name__}: batch=0; expected at least 1"):
+        made.initial_state(0)
+
+
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+@pytest.mark.parametrize("widths", [(0, 8), (8, 0), (-8, 8)])
+def test_layers_need_widths(layer, widths):
+    text = f"in_width={widths[0]} and width={widths[1]}; expected both to be at least 1"
+    with pytest.raises(ValueError, match=f"{layer.__name__}: {text}"):
+        layer(*widths, rngs=nnx.Rngs(0))
 
 
 def plus(state, x):
@@ -138,7 +246,7 @@ X, H = jnp.zeros((4, 2)), jnp.zeros((2,))
         (plus, X, (), {}, "state must be floating-point"),
         (plus, X, H, {"jacobian": "banded"}, "jacobian 'banded' is not one of"),
         (plus, X, H, {"method": "shooting"}, "method 'shooting' is not one of"),
-        (plus, X, H, {"max_iterations": 0}, "max_iterations=0; expected at least 1"),
+        (plus, X, H, {"bound": 0.0}, "bound=0.0; expected a number above 0"),
         (
             lambda h, x: (h[0] + x, h[1]),
             X,

@@ -2,10 +2,7 @@
 
 import re
 
-import chex
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -13,14 +10,21 @@ from hackle import pjit_configs
 from hackle.layers.sharding import axis_rules
 from hackle.pjit_configs.sharding import batch_sharding
 from hackle.zoo.parscale import ParScaleConfig, ParScaleLM
+from tests.zoo import sharded
+from tests.zoo.sharded import TOKENS
 
 pytestmark = pytest.mark.devices(8)
 
 CONFIG = ParScaleConfig.tiny(
-    4, vocab_size=64, width=32, mlp_width=48, depth=3, heads=8, kv_heads=8, head_width=4
+    4,
+    vocab_size=sharded.VOCABULARY,
+    width=32,
+    mlp_width=48,
+    depth=3,
+    heads=8,
+    kv_heads=8,
+    head_width=4,
 )
-TOKENS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
-SEGMENTS = np.repeat([[1] * 7 + [2] * 6 + [0] * 3], 8, axis=0).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +32,9 @@ def model():
     return nnx.split(ParScaleLM(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def loss(graph, state, tokens, segments):
-    scores = jax.nn.log_softmax(nnx.merge(graph, state)(tokens, segment_ids=segments)[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
-
-
 @pytest.fixture(scope="module")
 def on_one_device(model):
-    graph, state = model
-    return jax.jit(jax.value_and_grad(lambda s: loss(graph, s, TOKENS, SEGMENTS)))(state)
+    return sharded.on_one_device(model)
 
 
 @pytest.mark.parametrize(
@@ -44,24 +42,7 @@ def on_one_device(model):
     ["cpu8_data", "cpu8_fsdp", "cpu8_tensor", "cpu8_stream", "cpu8_fsdp_stream_tensor"],
 )
 def test_loss_and_gradients_equal_those_of_one_device(name, model, on_one_device):
-    graph, state = model
-    preset = pjit_configs.preset(name)
-    mesh = preset.mesh()
-    assert mesh.size == 8
-    placed = preset.shardings(state)
-    rows = batch_sharding(mesh)
-
-    def run(state, tokens, segments):
-        with axis_rules(preset.rules):
-            return jax.value_and_grad(lambda s: loss(graph, s, tokens, segments))(state)
-
-    with jax.set_mesh(mesh):
-        value, grads = jax.jit(
-            run, in_shardings=(placed, rows, rows), out_shardings=(None, placed)
-        )(jax.device_put(state, placed), TOKENS, SEGMENTS)
-    expected, expected_grads = on_one_device
-    np.testing.assert_allclose(value, expected, atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(expected_grads), atol=1e-5)
+    sharded.assert_equal(sharded.on_preset(pjit_configs.preset(name), model), on_one_device)
 
 
 COLLECTIVE = re.compile(

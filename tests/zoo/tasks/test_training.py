@@ -1,7 +1,9 @@
 """The trainer of the synthetic tasks: against a plain loop, and what it learns."""
 
+import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,14 @@ from flax import nnx
 from hackle.zoo.errors import UserError
 from hackle.zoo.tasks import training
 from hackle.zoo.tasks.model import make_model
+from hackle.zoo.tasks.settings import Settings
 from hackle.zoo.tasks.setups import SETUPS, setup
-from hackle.zoo.tasks.training import Settings, train
+from hackle.zoo.tasks.training import train
 
 # Equal numbers where they can be: every other shape is compiled anew.
-SMALL = dict(batch=4, train_rows=12, test_rows=20, held_out_rows=20, seeds=2, check_every=2)
+SMALL = dict(
+    batch=4, train_rows=12, test_rows=20, held_out_rows=20, seeds=2, check_every=2, state_clip=None
+)
 
 
 def maker(name, setup):
@@ -92,9 +97,42 @@ def test_accuracy_is_that_of_each_seed_and_runs_repeat(monkeypatch):
     assert again.checks == outcome.checks
 
 
+def test_the_order_of_rows_does_not_depend_on_when_it_is_looked_at():
+    made = setup("keep-nth", length=7)
+
+    def run(check_every):
+        settings = Settings(**SMALL | dict(check_every=check_every), epochs=3, learning_rate=1e-2)
+        return train(maker("gru", made), made.task, settings).params
+
+    often = run(1)
+    for check_every in (2, 3):
+        chex.assert_trees_all_close(run(check_every), often, atol=1e-6)
+
+
+def test_every_seed_and_epoch_has_an_order_of_its_own():
+    few, many = (
+        jax.random.key_data(training.order_keys(Settings(seeds=seeds, seed=seed), 0, 4))
+        for seeds, seed in ((2, 0), (3, 0))
+    )
+    np.testing.assert_array_equal(few, many[:2])
+    other = jax.random.key_data(training.order_keys(Settings(seeds=3, seed=5), 0, 4))
+    assert len(np.unique(np.concatenate([many, other]).reshape(24, -1), axis=0)) == 24
+
+
+def test_training_ends_where_it_is_told_to():
+    made = setup("keep-nth", length=7)
+    outcome = train(
+        maker("gru", made),
+        made.task,
+        Settings(**SMALL, epochs=40),
+        tell=lambda check: check.epoch >= 4,
+    )
+    assert [check.epoch for check in outcome.checks] == [2, 4] and len(outcome.accuracy) == 2
+
+
 def test_state_clip_bounds_the_state_weights_alone():
     made = setup("keep-nth", length=7)
-    settings = Settings(**SMALL, epochs=2, learning_rate=0.1, state_clip=0.05)
+    settings = Settings(**SMALL | dict(state_clip=0.05), epochs=2, learning_rate=0.1)
     outcome = train(maker("lstm", made), made.task, settings)
     for path, leaf in nnx.to_flat_state(outcome.params):
         largest = np.abs(np.asarray(leaf[...])).max()
@@ -133,14 +171,16 @@ def test_bad_settings(changes, message):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_parity_of_length_100_is_learnt(cell):
     made = SETUPS["parity"]
-    settings = Settings(seeds=1, train_rows=5000, test_rows=2000, check_every=2, stop_after=30)
+    changes = dict(seeds=1, train_rows=5000, test_rows=2000, check_every=2, stop_after=30)
+    settings = dataclasses.replace(made.training, **changes)
     assert train(maker(cell, made), made.task, settings).best == 1
 
 
 @pytest.mark.slow
 def test_parity_learnt_at_length_16_holds_at_32():
     short, long = setup("parity", length=16), setup("parity", length=32)
-    settings = Settings(seeds=1, train_rows=2000, test_rows=1000, check_every=2, stop_after=50)
+    changes = dict(seeds=1, train_rows=2000, test_rows=1000, check_every=2, stop_after=50)
+    settings = dataclasses.replace(short.training, **changes)
     outcome = train(maker("gru", short), short.task, settings)
     assert outcome.best == 1
     assert answers(trained(long, outcome), long.task, 2000) == 1

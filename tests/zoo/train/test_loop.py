@@ -12,7 +12,7 @@ from flax import nnx
 from hackle import zoo
 from hackle.zoo.errors import UserError
 from hackle.zoo.parscale import is_stream_parameter
-from hackle.zoo.train import loop, source
+from hackle.zoo.train import corpora, loop, source
 from hackle.zoo.train.checkpoint import RunFolder, load_model
 from hackle.zoo.train.loop import NonFiniteError, Rate, run
 from hackle.zoo.train.plan import Plan
@@ -150,7 +150,7 @@ def test_validation_is_the_mean_over_targets(corpus, tmp_path, lines):
 
 def spoil(monkeypatch, steps):
     """Random batches of these steps (from 0) get a token that the model does not have."""
-    following = source.RandomBatches.__next__
+    following = corpora.RandomBatches.__next__
 
     def spoiled(self):
         index = self._index
@@ -159,7 +159,7 @@ def spoil(monkeypatch, steps):
             batch["tokens"][0, 0] = VOCAB
         return batch
 
-    monkeypatch.setattr(source.RandomBatches, "__next__", spoiled)
+    monkeypatch.setattr(corpora.RandomBatches, "__next__", spoiled)
 
 
 def test_too_many_bad_steps_end_the_run_and_leave_the_checkpoint(tmp_path, monkeypatch, lines):
@@ -224,6 +224,13 @@ def test_two_stages(corpus, tmp_path, monkeypatch, lines):
     assert run(anew, tmp_path / "anew", say=lines.append).finished
 
 
+def test_a_run_stops_when_its_time_is_over_and_goes_on(tmp_path, lines):
+    stopped = run(recipe(), tmp_path, say=lines.append, seconds=0.0)
+    assert (stopped.step, stopped.stopped) == (0, True)
+    assert run(recipe(), tmp_path, say=lines.append, seconds=1e6).finished
+    assert "resuming at step 0 of 6" in lines
+
+
 def test_resume_says_what_it_wants(tmp_path, lines):
     with pytest.raises(UserError, match="resume=must, but .* holds no checkpoint"):
         run(recipe(), tmp_path, resume="must")
@@ -238,18 +245,18 @@ def test_an_error_of_the_data_ends_the_run(tmp_path, monkeypatch, lines):
     def broken(self):
         raise OSError("disk is gone")
 
-    monkeypatch.setattr(source.RandomBatches, "__next__", broken)
+    monkeypatch.setattr(corpora.RandomBatches, "__next__", broken)
     with pytest.raises(OSError, match="disk is gone"):
         run(recipe(), tmp_path, say=lines.append)
 
 
 def test_the_prefetched_state_is_that_of_the_batch_taken():
-    batches = source.RandomBatches(recipe(), 0)
+    batches = corpora.RandomBatches(recipe(), 0)
     prefetch = source.Prefetch(batches, lambda batch: batch, ahead=3)
     assert prefetch.state == {"next": 0}
     first = next(prefetch)
     assert prefetch.state == {"next": 1}
-    again = source.RandomBatches(recipe(), 0)
+    again = corpora.RandomBatches(recipe(), 0)
     np.testing.assert_array_equal(next(again)["tokens"], first["tokens"])
     again.set_state(prefetch.state)
     np.testing.assert_array_equal(next(again)["tokens"], next(prefetch)["tokens"])

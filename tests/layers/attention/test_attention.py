@@ -9,6 +9,7 @@ import pytest
 
 from hackle.layers import attention, attention_with_lse, masks, merge_attention
 from hackle.layers.attention import dispatch, xla
+from tests.layers.attention.test_over_devices import HOPPER, TPU, Chip
 
 IMPLEMENTATIONS = ["reference", "xla"]
 SHAPES = {  # B, L, S, H, K, E
@@ -218,13 +219,43 @@ def test_a_named_implementation_runs_or_raises(monkeypatch):
     query, key, value = draw(SHAPES["multi-head"])
     with pytest.raises(ValueError, match="unknown attention implementation 'flash'"):
         attention(query, key, value, implementation="flash")
-    with pytest.raises(NotImplementedError, match="pallas_gpu"):
-        attention(query, key, value, implementation="pallas_gpu")
+    if jax.default_backend() == "cpu":
+        for name, needs in (("pallas_gpu", "need"), ("pallas_tpu", "need a TPU")):
+            for function in (attention, attention_with_lse):
+                with pytest.raises(NotImplementedError, match=f"'{name}': .*{needs}"):
+                    function(query, key, value, implementation=name)
     with pytest.raises(NotImplementedError, match="log-sum-exp"):
         attention_with_lse(query, key, value, implementation="cudnn")
     if jax.default_backend() == "cpu":
         with pytest.raises(NotImplementedError, match="NVIDIA GPU"):
             attention(query, key, value, implementation="cudnn")
+
+
+AMPERE = Chip("gpu", "8.0")
+
+
+@pytest.mark.parametrize(
+    "chip, kind, width, length, alone, with_lse",
+    [
+        (HOPPER, "causal", 64, 200, "cudnn", "xla"),
+        (HOPPER, "padding", 64, 200, "cudnn", "xla"),
+        (HOPPER, "packed", 64, 200, "xla", "xla"),
+        (AMPERE, "causal", 64, 200, "cudnn", "xla"),
+        (AMPERE, "packed", 64, 200, "xla", "xla"),
+        (TPU, "causal", 64, 200, "pallas_tpu", "pallas_tpu"),
+        (TPU, "packed", 256, 200, "pallas_tpu", "pallas_tpu"),
+        (TPU, "packed", 264, 200, "xla", "xla"),
+        (TPU, "packed", 64, 8, "xla", "xla"),  # few queries
+    ],
+)
+def test_what_none_chooses(chip, kind, width, length, alone, with_lse, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [chip])
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    query = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
+    mask = dict(all_masks(1, length, length))[kind]
+    assert dispatch._choose(None, dispatch._PREFERENCE, query, query, mask) == alone
+    preference = [name for name in dispatch._PREFERENCE if name in dispatch._WITH_LSE]
+    assert dispatch._choose(None, preference, query, query, mask) == with_lse
 
 
 def test_none_says_once_what_it_chose(caplog):

@@ -1,0 +1,160 @@
+"""Decoding of texts that branch (Multiverse, arXiv 2506.09991): fork, side by side, join.
+
+All paths of a request share one row of one cache. A step appends a token of every path to it, in
+whatever order, and each sees its own path and what is around it. So nothing is copied at a fork,
+and at a join nothing is computed again: the conclusion sees all paths because it is in none.
+"""
+
+import functools
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hackle.layers.causal_decoder import CausalDecoder
+from hackle.layers.multiverse import MAX_DEPTH, BranchStructure, Tags
+from hackle.zoo.errors import UserError
+from hackle.zoo.generate.decode import check_request, stop_ids
+from hackle.zoo.generate.draft import Draft
+from hackle.zoo.generate.sampling import Sampling, row_keys, sample
+from hackle.zoo.generate.writer import PADDING, Limits, Writer
+
+# The cache is rounded up to this, so that few lengths are compiled.
+_ROUND = 256
+
+
+def generate_branches(
+    model: CausalDecoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    index_end: Collection[int],
+    tags: Tags | None = None,
+    max_critical_path: int | None = None,
+    max_depth: int = MAX_DEPTH,
+    max_branches: int = 20,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    eos: int | Collection[int] | None = None,
+) -> Draft:
+    """Continues one prompt, in paths side by side where the model asks for them.
+
+    Where a goal ends that has outlines, the decoder writes what separates the parts of a block (as
+    the model did between the last outline and the end of the goal), and forks. Every path begins
+    with its tag, and then as its outline does, up to the end of the index. When a path has written
+    its closing tag, the decoder adds the separator, and after the last one the tag of the
+    conclusion; the text then goes on as one. What the decoder writes is counted like all else.
+
+    Greedy results are those of a full forward pass with the branch structure of the text. Samples
+    of a path hang on the seed, its index and the place in it, not on the order of the outlines.
+
+    What becomes of texts that go wrong, besides the errors of the grammar (`layers.multiverse`),
+    which end the request as "malformed", without the tag that shows them:
+
+    - A path that writes a stop token, not within an inner block, is closed instead.
+    - Any other stop token within a block, more outlines than `max_branches`, or an outline
+      without index: "malformed".
+    - A goal without outlines announces no paths: the model writes them itself, one by one.
+    - A limit that the next tokens would exceed: "length". Several paths may be open then.
+
+    Args:
+      model: with a key-value cache, e.g. a `MultiverseLM`.
+      prompt: token ids. May end within a block, which is then written on by one stream; where it
+        ends with the end of a goal, it forks at once.
+      max_new_tokens, max_critical_path, max_depth, max_branches: see `Limits`.
+      index_end: tokens that end the index of an outline, such as the colon in "1.2: ...". None
+        given: paths begin with their tag alone.
+      tags: None takes those of the model's config.
+      temperature, top_k, top_p, min_p: see `Sampling`.
+      seed: decides every sample.
+      eos: token id, or several, after which the text stops.
+
+    Raises:
+      UserError: a prompt that is empty, too long, has a token outside of the vocabulary or breaks
+        the grammar; a model without a cache for branches, or without tags; a limit or a sampling
+        value out of range.
+    """
+    steps = stream_branches(
+        model,
+        prompt,
+        limits=Limits(max_new_tokens, max_critical_path, max_depth, max_branches),
+        index_end=index_end,
+        tags=tags,
+        sampling=Sampling(temperature, top_k, top_p, min_p),
+        seed=seed,
+        eos=eos,
+    )
+    return [*steps][-1]
+
+
+def stream_branches(
+    model: CausalDecoder,
+    prompt: Sequence[int],
+    *,
+    limits: Limits,
+    index_end: Collection[int],
+    tags: Tags | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seed: int = 0,
+    eos: int | Collection[int] | None = None,
+) -> Iterator[Draft]:
+    """Yields the draft as it begins and after every step: one object, finished when it comes last.
+
+    Arguments and errors as in `generate_branches`; they are checked at the call.
+    """
+    if not isinstance(model, CausalDecoder):
+        raise UserError(f"{type(model).__name__} has no cache for branches; use generate")
+    check_request(model, [prompt], 1)
+    tags = getattr(model.config, "tags", None) if tags is None else tags
+    if tags is None:
+        raise UserError(f"{type(model.config).__name__} has no tags; say which tokens they are")
+    writer = Writer(
+        prompt,
+        tags=tags,
+        limits=limits,
+        range_end=getattr(model.config, "max_length", math.inf),
+        index_end=frozenset(index_end),
+        stops=stop_ids(eos),
+        key=row_keys(seed, 1)[0],
+    )
+    return _steps(model, writer, len(prompt) + limits.tokens, limits.depth, sampling)
+
+
+def _steps(model, writer, tokens, depth, sampling):
+    graph, state = nnx.split(model)
+    capacity = -(-(tokens + PADDING) // _ROUND) * _ROUND
+    cache = _empty_cache(graph, capacity, depth, state)
+    yield writer.draft
+    while writer.draft.finish is None:
+        tokens, cache = _step(graph, sampling, state, cache, *writer.ask())
+        writer.answer(np.asarray(tokens).tolist())
+        yield writer.draft
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(graph, capacity, depth, state):
+    return nnx.merge(graph, state).init_cache(1, capacity, branch_depth=depth)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _step(graph, sampling, state, cache, entries, rows, keys, count):
+    """Appends tokens to the cache and chooses the next one of every strand.
+
+    Args:
+      entries: int32 `[2 + 2 depth, W]`: token, position, blocks, paths; padding at the end.
+      rows: int32 `[2, R]`: the entry behind which a strand goes on, and how far it has come.
+      keys: `[R]`.
+      count: int32, how many entries are no padding.
+    """
+    model = nnx.merge(graph, state)
+    block, path = jnp.split(entries[2:], 2)
+    branches = BranchStructure(block[None], path[None], entries[1][None])  # type: ignore[arg-type]
+    features, cache = model.extend(entries[0][None], cache, branches=branches)
+    cache = cache.forget(entries.shape[1] - count)
+    return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
