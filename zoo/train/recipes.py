@@ -99,7 +99,7 @@ def dense_100m() -> Recipe:
 
 
 def multiverse_tiny() -> Recipe:
-    """0.8M weights, for a CPU: well-formed text within minutes, right answers to a quarter of it."""
+    """0.8M weights, for a CPU: well-formed text within minutes, a quarter of it right."""
     return Recipe(
         model="multiverse-tiny",
         corpus="mapreduce-easy",
