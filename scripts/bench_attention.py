@@ -17,7 +17,7 @@ from typing import Any
 import attention_rival
 import report
 from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, measured
-from cli import run
+from cli import run, sizes
 from hackle.zoo.errors import UserError
 from recurrent_rows import ROUNDS
 
@@ -35,32 +35,20 @@ CAUSAL_ONLY = ("cudnn", "torch-cudnn")
 BASELINE = "cudnn"
 
 
-def numbers(names: str):
-    """Type of an option such as `1x8192`; `names` says what the numbers are."""
-
-    def read(text: str) -> tuple[int, ...]:
-        parts = text.split("x")
-        if len(parts) != len(names.split("x")) or not all(p.isdigit() and int(p) for p in parts):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, e.g. with numbers above 0")
-        return tuple(int(p) for p in parts)
-
-    return read
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = functools.partial(p.add_argument, nargs="+")
     add("--kinds", choices=KINDS, default=list(KINDS), help="of masks, default: all")
-    add("--sizes", type=numbers("BxT"), metavar="BxT", help="batch and tokens")
+    add("--sizes", type=sizes("BxT"), metavar="BxT", help="batch and tokens")
     add(
         "--implementations",
         choices=(*OURS, *attention_rival.IMPLEMENTATIONS),
         help="default: the fast ones of this device, and those of PyTorch",
     )
     add = p.add_argument
-    add("--heads", type=numbers("HxKxE"), metavar="HxKxE", help="query heads, key heads, width")
+    add("--heads", type=sizes("HxKxE"), metavar="HxKxE", help="query heads, key heads, width")
     add("--dtype", choices=DTYPES, help="default: bfloat16")
     add("--quick", action="store_true", help="one small size where none is given")
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")

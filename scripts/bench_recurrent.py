@@ -17,7 +17,7 @@ from typing import Any
 
 import recurrent_rival
 import report
-from cli import run
+from cli import run, sizes
 from hackle.zoo.errors import UserError
 from recurrent_rows import (
     DTYPES,
@@ -39,18 +39,6 @@ EXAMPLES = """examples:
 """
 
 
-def shape(names: str):
-    """Type of an option such as `8x1024`; `names` says what is multiplied."""
-
-    def read(text: str) -> tuple[int, ...]:
-        parts = text.split("x")
-        if len(parts) != len(names.split("x")) or not all(p.isdigit() and int(p) for p in parts):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, e.g. with numbers above 0")
-        return tuple(int(p) for p in parts)
-
-    return read
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default: what the layers choose), fused, shooting, newton, scan",
     )
     add = functools.partial(p.add_argument, nargs="*")
-    add("--shapes", type=shape("BxD"), metavar="BxD", help="of the table; none: no table")
+    add("--shapes", type=sizes("BxD"), metavar="BxD", help="of the table; none: no table")
     add("--lengths", type=int, metavar="T", help="of the table")
-    add("--layers", type=shape("BxDxT"), metavar="BxDxT", help="whole layers; none: no such table")
-    add("--scan", type=shape("BxDxT"), metavar="BxDxT", help="sizes to compare with a plain scan")
+    add("--layers", type=sizes("BxDxT"), metavar="BxDxT", help="whole layers; none: no such table")
+    add("--scan", type=sizes("BxDxT"), metavar="BxDxT", help="sizes to compare with a plain scan")
     add = p.add_argument
     add("--quick", action="store_true", help="one small size where none is given")
     add("--rival", type=Path, help="built checkout of ml-pararnn to time beside us (CUDA, torch)")

@@ -1,5 +1,6 @@
-"""What every script shares: one line per user error, exit code 2."""
+"""What scripts share: one line per user error, exit code 2, and options that are sizes."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,3 +25,15 @@ def call(main: Callable[[], int | None]) -> int:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def sizes(names: str) -> Callable[[str], tuple[int, ...]]:
+    """Type of an option such as `8x1024`; `names`, e.g. "BxT", says what the numbers are."""
+
+    def read(text: str) -> tuple[int, ...]:
+        parts = text.split("x")
+        if len(parts) != len(names.split("x")) or not all(p.isdigit() and int(p) for p in parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, e.g. with numbers above 0")
+        return tuple(int(p) for p in parts)
+
+    return read
