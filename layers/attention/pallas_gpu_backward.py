@@ -40,13 +40,13 @@ from hackle.layers.attention.pallas_gpu_tensor_core import (
 
 
 def backward(shape: Shape, scale: float, *, interpret: Any = None):
-    """The kernel for a shape; `scale` is not negative.
+    """The kernel for a shape; `scale` is positive.
 
     Returns:
       A function of `(query, key, value, dout, lse [B,H,L], delta [B,H,L], order, counts, query
-      integers, key integers, dquery Ref)`: lse in powers of two, inf where nothing is seen; a plan
-      for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk and
-      dv, as the key.
+      integers, key integers, dquery Ref)`: `-lse / scale`, -inf where nothing is seen; `-delta`; a
+      plan for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk
+      and dv, as the key.
     """
     core = TensorCore(interpret is not None)
     program, stages, width = shape.program, shape.stages, shape.width
@@ -136,13 +136,15 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
                 def gradients(dk, dv):
                     def scores(s_acc, dp_acc):
+                        # Sums start at -lse and -delta, which then need no registers of their own.
                         plgpu.barrier_wait(query_here.at[slot])
+                        core.start(s_acc, load(lse_tiles.at[slot], layout=COLUMN))
                         core.multiply(s_acc, my_key, query, transpose_b=True)
                         plgpu.barrier_wait(dout_here.at[slot])
+                        core.start(dp_acc, load(delta_tiles.at[slot], layout=COLUMN))
                         core.multiply(dp_acc, my_value, dout, transpose_b=True)
-                        lse = load(lse_tiles.at[slot], layout=COLUMN)
                         s = core.read(s_acc, running=1)
-                        p = jnp.exp2(s * factor - lax.broadcast_in_dim(lse, s.shape, [1]))
+                        p = jnp.exp2(s * factor)
                         if key_integers is not None:
                             plgpu.barrier_wait(ints_here.at[slot])
                             high = [lax.broadcast_in_dim(x, s.shape, [0]) for x in key_integers]
@@ -157,8 +159,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                             p = jnp.where(tile_mask.visible(program, wide, high), p, 0.0)
                         dp = core.read(dp_acc)
                         core.multiply(dv, p.astype(shape.dtype), dout)
-                        delta = load(delta_tiles.at[slot], layout=COLUMN)
-                        return p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        return p * dp
 
                     ds = core.zeros(scores, (ROWS, queries), (ROWS, queries)).astype(shape.dtype)
                     ds_buffer.at[me][...] = ds
@@ -215,12 +216,12 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     key_heads = shape.heads // shape.group
     out = jax.ShapeDtypeStruct((shape.batch, shape.key_length, key_heads, width), shape.dtype)
-    # Early keys are seen by the most queries: they go first.
+    # Early keys are seen by the most queries: they go first, and so the last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=(out, out),
-        grid=(key_heads, shape.batch, tiles),
-        grid_names=("head", "batch", "tile"),
+        grid=(tiles, shape.batch, key_heads),
+        grid_names=("tile", "batch", "head"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=PARAMS,

@@ -40,7 +40,7 @@ _Ref = Any
 
 
 def forward(shape: Shape, scale: float, *, interpret: Any = None):
-    """The kernel for a shape; `scale` is not negative.
+    """The kernel for a shape; `scale` is positive.
 
     Returns:
       A function of `(query [B,L,H,E], key [B,S,K,E], value [B,S,K,E], order, counts, query
@@ -221,8 +221,8 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
             jax.ShapeDtypeStruct(size, shape.dtype),
             jax.ShapeDtypeStruct((size[0], size[2], size[1]), jnp.float32),
         ),
-        grid=(shape.heads, shape.batch, tiles),
-        grid_names=("head", "batch", "tile"),
+        grid=(tiles, shape.batch, shape.heads),
+        grid_names=("tile", "batch", "head"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=PARAMS,
