@@ -40,13 +40,13 @@ from hackle.layers.attention.pallas_gpu_tensor_core import (
 
 
 def backward(shape: Shape, scale: float, *, interpret: Any = None):
-    """The kernel for a shape; `scale` is positive.
+    """The kernel for a shape; `scale` is not negative.
 
     Returns:
       A function of `(query, key, value, dout, lse [B,H,L], delta [B,H,L], order, counts, query
-      integers, key integers, dquery Ref)`: `-lse / scale`, -inf where nothing is seen; `-delta`; a
-      plan for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk
-      and dv, as the key.
+      integers, key integers, dquery Ref)`: lse in powers of two, inf where nothing is seen; a plan
+      for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk and
+      dv, as the key.
     """
     core = TensorCore(interpret is not None)
     program, stages, width = shape.program, shape.stages, shape.width
@@ -136,15 +136,13 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
                 def gradients(dk, dv):
                     def scores(s_acc, dp_acc):
-                        # Sums start at -lse and -delta, which then need no registers of their own.
                         plgpu.barrier_wait(query_here.at[slot])
-                        core.start(s_acc, load(lse_tiles.at[slot], layout=COLUMN))
                         core.multiply(s_acc, my_key, query, transpose_b=True)
                         plgpu.barrier_wait(dout_here.at[slot])
-                        core.start(dp_acc, load(delta_tiles.at[slot], layout=COLUMN))
                         core.multiply(dp_acc, my_value, dout, transpose_b=True)
+                        lse = load(lse_tiles.at[slot], layout=COLUMN)
                         s = core.read(s_acc, running=1)
-                        p = jnp.exp2(s * factor)
+                        p = jnp.exp2(s * factor - lax.broadcast_in_dim(lse, s.shape, [1]))
                         if key_integers is not None:
                             plgpu.barrier_wait(ints_here.at[slot])
                             high = [lax.broadcast_in_dim(x, s.shape, [0]) for x in key_integers]
@@ -158,10 +156,16 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                             ]
                             p = jnp.where(tile_mask.visible(program, wide, high), p, 0.0)
                         dp = core.read(dp_acc)
-                        core.multiply(dv, p.astype(shape.dtype), dout)
-                        return p * dp
+                        delta = load(delta_tiles.at[slot], layout=COLUMN)
+                        ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        # Both narrow before a product holds on to p: more would not fit into the
+                        # registers.
+                        narrow = p.astype(shape.dtype), ds.astype(shape.dtype)
+                        p, ds = lax.optimization_barrier(narrow)
+                        core.multiply(dv, p, dout)
+                        return ds
 
-                    ds = core.zeros(scores, (ROWS, queries), (ROWS, queries)).astype(shape.dtype)
+                    ds = core.zeros(scores, (ROWS, queries), (ROWS, queries))
                     ds_buffer.at[me][...] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_here)
@@ -216,7 +220,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     key_heads = shape.heads // shape.group
     out = jax.ShapeDtypeStruct((shape.batch, shape.key_length, key_heads, width), shape.dtype)
-    # Early keys are seen by the most queries: they go first, and so the last axis is the fastest.
+    # Early keys are seen by the most queries: they go first. The last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=(out, out),
@@ -256,9 +260,13 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
     query_here, dout_here, ints_here, query_free, dout_free = barriers
     queries, stages = shape.queries, shape.stages
 
-    def step(head, i, count, _, mixed=False):
+    def other(i):
+        return order_ref[mask_row, tile, jnp.minimum(i, order_ref.shape[2] - 1)]
+
+    def step(first, last, head, i, count, current, mixed=False):
         slot = lax.rem(count, jnp.int32(stages))
-        rows = pl.ds(order_ref[mask_row, tile, i] * queries, queries)
+        rows = pl.ds(current * queries, queries)
+        following = other(jnp.where(i + 1 < last, i + 1, first))  # arrives while this one waits
         pl.when(count >= stages)(lambda: plgpu.barrier_wait(query_free.at[slot]))
         here = query_here.at[slot]
         plgpu.copy_gmem_to_smem(query_ref.at[batch, rows, head], query_tiles.at[slot], here)
@@ -270,9 +278,12 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
         here = dout_here.at[slot]
         plgpu.copy_gmem_to_smem(dout_ref.at[batch, rows, head], dout_tiles.at[slot], here)
         plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_tiles.at[slot], here)
+        return following
 
-    each = functools.partial(every_head, shape, key_head)
-    each(step, None, 0, seen, 0)
-    mixed = functools.partial(step, mixed=True)
-    each(mixed, None, seen, visited, shape.group * seen)
+    def fetch(first, last, done, **kind):
+        each = functools.partial(step, first, last, **kind)
+        every_head(shape, key_head, each, other(first), first, last, done)
+
+    fetch(0, seen, 0)
+    fetch(seen, visited, shape.group * seen, mixed=True)
     drain(shape.group * visited, stages, query_free, dout_free)

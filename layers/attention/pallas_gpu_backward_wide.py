@@ -109,8 +109,9 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             )
 
         def probabilities(scores, slot, key_integers):
-            """`p^T`, from scores that started at `-lse / scale`."""
-            p = jnp.exp2(scores * factor)
+            """`p^T`, from an accumulator of scores that nothing else runs behind but one."""
+            lse = load(lse_tiles.at[slot], layout=COLUMN)
+            p = jnp.exp2(scores * factor - lax.broadcast_in_dim(lse, scores.shape, [1]))
             if key_integers is None:
                 return p
             plgpu.barrier_wait(ints_here.at[slot])
@@ -155,13 +156,13 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                 def gradient(acc):
                     def scores(s_acc, dp_acc):
                         plgpu.barrier_wait(query_here.at[slot])
-                        core.start(s_acc, load(lse_tiles.at[slot], layout=COLUMN))
                         core.multiply(s_acc, key_tile, query, transpose_b=True)
                         plgpu.barrier_wait(dout_here.at[slot])
-                        core.start(dp_acc, load(delta_tiles.at[slot], layout=COLUMN))
                         core.multiply(dp_acc, value_tile, dout, transpose_b=True)
                         p = probabilities(core.read(s_acc, running=1), slot, key_integers)
-                        return p * core.read(dp_acc)
+                        delta = load(delta_tiles.at[slot], layout=COLUMN)
+                        dp = core.read(dp_acc)
+                        return p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
 
                     ds = core.zeros(scores, (ROWS, queries), (ROWS, queries)).astype(shape.dtype)
                     plgpu.barrier_arrive(dout_free.at[slot])
@@ -192,7 +193,6 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                 def gradient(acc):
                     def scores(s_acc):
                         plgpu.barrier_wait(query_here.at[slot])
-                        core.start(s_acc, load(lse_tiles.at[slot], layout=COLUMN))
                         core.multiply(s_acc, key_tile, query, transpose_b=True)
                         return probabilities(core.read(s_acc), slot, key_integers)
 
@@ -224,7 +224,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     key_heads = shape.heads // shape.group
     out = jax.ShapeDtypeStruct((shape.batch, shape.key_length, key_heads, width), shape.dtype)
-    # Early keys are seen by the most queries: they go first, and so the last axis is the fastest.
+    # Early keys are seen by the most queries: they go first. The last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=(out, out),

@@ -40,7 +40,7 @@ _Ref = Any
 
 
 def forward(shape: Shape, scale: float, *, interpret: Any = None):
-    """The kernel for a shape; `scale` is positive.
+    """The kernel for a shape; `scale` is not negative.
 
     Returns:
       A function of `(query [B,L,H,E], key [B,S,K,E], value [B,S,K,E], order, counts, query

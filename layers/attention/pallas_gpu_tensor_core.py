@@ -105,15 +105,6 @@ class TensorCore:
 
         return pl.run_state(run)(tuple(plgpu.ACC.init(value) for value in values))
 
-    def start(self, acc: Any, columns: jax.Array) -> None:
-        """Sets all rows of an accumulator to what they start from."""
-        shape = acc.value.shape if self._interpreted else acc.shape
-        value = lax.broadcast_in_dim(columns, shape, [1])
-        if self._interpreted:
-            acc.value = value
-        else:
-            acc[...] = value
-
     def multiply(
         self, acc: Any, a: Any, b: _Ref, *, transpose_a: bool = False, transpose_b: bool = False
     ) -> None:
