@@ -28,8 +28,7 @@ _IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu,
 }
 # What `None` tries, fastest first. XLA supports everything, so the choice always ends.
-# "pallas_gpu" stands outside until it has been measured, values and time: by name it runs.
-_PREFERENCE = ("cudnn", "pallas_tpu", "xla")
+_PREFERENCE = ("cudnn", "pallas_gpu", "pallas_tpu", "xla")
 _WITH_LSE = ("reference", "xla", "pallas_gpu", "pallas_tpu")
 _KERNELS = ("pallas_gpu", "pallas_tpu")
 _FEWEST = 128  # queries that fill a tile of a kernel; padding costs more where there are fewer

@@ -237,9 +237,11 @@ AMPERE = Chip("gpu", "8.0")
 @pytest.mark.parametrize(
     "chip, kind, width, length, alone, with_lse",
     [
-        (HOPPER, "causal", 64, 200, "cudnn", "xla"),
-        (HOPPER, "padding", 64, 200, "cudnn", "xla"),
-        (HOPPER, "packed", 64, 200, "xla", "xla"),
+        (HOPPER, "causal", 64, 200, "cudnn", "pallas_gpu"),
+        (HOPPER, "padding", 64, 200, "cudnn", "pallas_gpu"),
+        (HOPPER, "packed", 64, 200, "pallas_gpu", "pallas_gpu"),
+        (HOPPER, "packed", 264, 200, "xla", "xla"),
+        (HOPPER, "packed", 64, 8, "xla", "xla"),  # few queries
         (AMPERE, "causal", 64, 200, "cudnn", "xla"),
         (AMPERE, "packed", 64, 200, "xla", "xla"),
         (TPU, "causal", 64, 200, "pallas_tpu", "pallas_tpu"),
