@@ -18,6 +18,7 @@ OPTIONS: dict[str, str] = {
     "scripts/bench_attention.py": (
         "--dtype --heads --implementations --kinds --quick --report --seconds --sizes"
     ),
+    "scripts/bench_branches.py": "--dtype --model --paths --prompt --report --tokens",
     "scripts/bench_input.py": (
         "--batch --cores --corpus --data-dir --hardware --length --packing --report --seconds "
         "--threads --vocab-size --windows --workers"

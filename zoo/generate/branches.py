@@ -130,9 +130,10 @@ def _steps(model, writer, tokens, depth, sampling):
     graph, state = nnx.split(model)
     capacity = -(-(tokens + PADDING) // _ROUND) * _ROUND
     cache = _empty_cache(graph, capacity, depth, state)
+    step = _step_of(graph, sampling)
     yield writer.draft
     while writer.draft.finish is None:
-        tokens, cache = _step(graph, sampling, state, cache, *writer.ask())
+        tokens, cache = step(state, cache, *writer.ask())
         writer.answer(np.asarray(tokens).tolist())
         yield writer.draft
 
@@ -142,19 +143,26 @@ def _empty_cache(graph, capacity, depth, state):
     return nnx.merge(graph, state).init_cache(1, capacity, branch_depth=depth)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _step(graph, sampling, state, cache, entries, rows, keys, count):
-    """Appends tokens to the cache and chooses the next one of every strand.
+@functools.lru_cache(maxsize=8)
+def _step_of(graph, sampling):
+    """The step of a model. To hash its graph at every step would take the host as long as some
+    steps take the device."""
 
-    Args:
-      entries: int32 `[2 + 2 depth, W]`: token, position, blocks, paths; padding at the end.
-      rows: int32 `[2, R]`: the entry behind which a strand goes on, and how far it has come.
-      keys: `[R]`.
-      count: int32, how many entries are no padding.
-    """
-    model = nnx.merge(graph, state)
-    block, path = jnp.split(entries[2:], 2)
-    branches = BranchStructure(block[None], path[None], entries[1][None])  # type: ignore[arg-type]
-    features, cache = model.extend(entries[0][None], cache, branches=branches)
-    cache = cache.forget(entries.shape[1] - count)
-    return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
+    @functools.partial(jax.jit, donate_argnums=(1,))
+    def step(state, cache, entries, rows, keys, count):
+        """Appends tokens to the cache and chooses the next one of every strand.
+
+        Args:
+          entries: int32 `[2 + 2 depth, W]`: token, position, blocks, paths; padding at the end.
+          rows: int32 `[2, R]`: the entry behind which a strand goes on, and how far it has come.
+          keys: `[R]`.
+          count: int32, how many entries are no padding.
+        """
+        model = nnx.merge(graph, state)
+        block, path = jnp.split(entries[2:], 2)
+        branches = BranchStructure(block[None], path[None], entries[1][None])  # type: ignore[arg-type]
+        features, cache = model.extend(entries[0][None], cache, branches=branches)
+        cache = cache.forget(entries.shape[1] - count)
+        return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
+
+    return step

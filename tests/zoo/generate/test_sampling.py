@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hackle.zoo.errors import UserError
 from hackle.zoo.generate import Sampling, generate
@@ -122,7 +123,9 @@ def test_bad_requests_are_refused_before_compute(model, prompts, changes, messag
 def test_steps_do_not_recompile(model):
     from hackle.zoo.generate import decode
 
+    step = decode._step_of(nnx.split(model)[0], Sampling())
+    programs = lambda: (step._cache_size(), decode._prefill._cache_size())
     generate(model, [[1, 2, 3]], max_new_tokens=5)
-    before = decode._step._cache_size(), decode._prefill._cache_size()
+    before = programs()
     generate(model, [[7, 8, 9, 10, 11]], max_new_tokens=9)
-    assert (decode._step._cache_size(), decode._prefill._cache_size()) == before
+    assert programs() == before and before[0]
