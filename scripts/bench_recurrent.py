@@ -19,6 +19,7 @@ import recurrent_rival
 import report
 from cli import run, sizes
 from hackle.zoo.errors import UserError
+from recurrent_devices import devices_row
 from recurrent_rows import (
     DTYPES,
     HEADS,
@@ -28,7 +29,9 @@ from recurrent_rows import (
     Case,
     compile_ahead,
     copy_rate,
+    layer_row,
     measured,
+    recurrence_row,
 )
 
 EXAMPLES = """examples:
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", type=int, metavar="T", help="of the table")
     add("--layers", type=sizes("BxDxT"), metavar="BxDxT", help="whole layers; none: no such table")
     add("--scan", type=sizes("BxDxT"), metavar="BxDxT", help="sizes to compare with a plain scan")
+    add("--devices", type=sizes("BxDxT"), metavar="BxDxT", help="sizes to split over all devices")
     add = p.add_argument
     add("--quick", action="store_true", help="one small size where none is given")
     add("--rival", type=Path, help="built checkout of ml-pararnn to time beside us (CUDA, torch)")
@@ -77,8 +81,15 @@ FULL = {
     "lengths": [512, 2048, 8192, 32768],
     "layers": [(8, 1024, 2048), (8, 1024, 8192), (8, 4096, 2048)],
     "scan": [(8, 1024, 8192)],
+    "devices": [],
 }
-QUICK = {"shapes": [(8, 128)], "lengths": [256], "layers": [(4, 128, 128)], "scan": [(8, 128, 256)]}
+QUICK = {
+    "shapes": [(8, 128)],
+    "lengths": [256],
+    "layers": [(4, 128, 128)],
+    "scan": [(8, 128, 256)],
+    "devices": [],
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     rate = copy_rate()
     device = jax.devices()[0].device_kind
     print(f"{device}: copies at {rate / 1e9:,.0f} GB/s", flush=True)
-    rows: dict[str, list[dict[str, Any]]] = {"layers": [], "scan": [], "table": []}
+    rows: dict[str, list[dict[str, Any]]] = {"layers": [], "scan": [], "devices": [], "table": []}
     left_out = 0
     programs = {}
     for section in ("scan", "table"):
@@ -116,8 +127,12 @@ def main(argv: list[str] | None = None) -> int:
             left_out += 1
             continue
         # One method has the rival beside it; what compares methods needs none.
-        beside = rival if section != "scan" and case.method == args.methods[0] else None
-        row = dataclasses.asdict(case) | measured(section, case, rate, beside, programs)
+        beside = (
+            rival if section in ("table", "layers") and case.method == args.methods[0] else None
+        )
+        row = dataclasses.asdict(case) | measured(
+            functools.partial(fill, section, case, rate, beside, programs), beside
+        )
         rows[section].append(row)
         print(json.dumps({"section": section} | row), flush=True)
     if left_out:
@@ -136,6 +151,16 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(row["failed"] for some in rows.values() for row in some))
 
 
+def fill(section: str, case: Case, rate: float, rival, programs, row: dict[str, Any]) -> None:
+    """Fills `row`, as far as it comes."""
+    if section == "layers":
+        layer_row(case, row, rival)
+    elif section == "devices":
+        devices_row(case, row)
+    else:
+        recurrence_row(case, row, rate, rival, programs, backward=section == "table")
+
+
 def cases(args):
     """(section, case), what matters most first: time may run out."""
     for size, cell, dtype in itertools.product(args.layers, args.cells, args.dtypes):
@@ -143,6 +168,8 @@ def cases(args):
     for size, cell in itertools.product(args.scan, args.cells):
         for method in dict.fromkeys((args.methods[0], "scan")):
             yield "scan", Case(cell, *size, args.dtypes[0], method)
+    for size, cell in itertools.product(args.devices, args.cells):
+        yield "devices", Case(cell, *size, args.dtypes[0], args.methods[0])
     table = [
         Case(cell, *size, length, dtype, method)
         for method in args.methods
@@ -216,6 +243,12 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
     if rows["scan"]:
         text += ["Forward, beside one step after the other:"]
         text += [columns(with_speedup(rows["scan"]), size | forward | {"against scan": "x scan"})]
+    if rows["devices"]:
+        spread = {f"{name} {what} ms": f"{what}, {name}, ms" for what in ("forward", "both")
+                  for name in ("one device", "all devices")}  # fmt: skip
+        spread |= {f"{what} speedup": f"{what}, times faster" for what in ("forward", "both")}
+        spread |= {"error": "error", "gradient error": "gradient error"}
+        text += ["Time split over all devices:", columns(rows["devices"], size | spread)]
     if rows["layers"]:
         text += [
             f"The whole layer, {HEADS} heads, as wide inside as outside (error: of gradients, "

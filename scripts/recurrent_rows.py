@@ -9,6 +9,7 @@ import functools
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,7 +39,7 @@ UNROLLED = 4  # recurrences in one program where one is too short for the host t
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: a recurrence, or (method "scan" beside it) a whole layer, of B x D x T."""
+    """One row: a recurrence, or a whole layer, of B x D x T."""
 
     cell: str
     batch: int
@@ -56,21 +57,11 @@ class Case:
         return ARRAYS[self.cell][what] * self.size * (4 if self.dtype == "float32" else 2)
 
 
-def measured(section: str, case: Case, rate: float, rival, programs: "Programs") -> dict[str, Any]:
-    """The numbers of one row; `failed` and `skipped` say why there are none.
-
-    Args:
-      section: "table", "scan" (forward alone) or "layers".
-      rate: bytes per second of a copy.
-      rival: a `recurrent_rival.Rival` to run beside ours, or None.
-      programs: what was compiled ahead.
-    """
+def measured(fill: Callable[[dict[str, Any]], None], rival) -> dict[str, Any]:
+    """What `fill` writes into a row; `failed` and `skipped` say why it came no further."""
     row: dict[str, Any] = {"failed": "", "skipped": ""}
     try:
-        if section == "layers":
-            layer_row(case, row, rival)
-        else:
-            recurrence_row(case, row, rate, rival, programs, backward=section == "table")
+        fill(row)
     except TooLarge as error:
         row["skipped"] = str(error)
     # A row that breaks, in whatever way, is reported and must not take the others with it.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from hackle.layers.recurrent import affine, scan, shooting
+from hackle.layers.recurrent import affine, shooting
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
 from hackle.layers.recurrent.methods import Method
 from hackle.layers.recurrent.newton import Progress
@@ -116,7 +116,7 @@ def solve(
         rows = min(_BURN_IN, u.shape[1])
         tail, tail_reset = jax.tree.map(lambda x: _from_left(x[:, -rows:], at.time), (u, reset))
         zero = tuple(jnp.zeros_like(x) for x in initial)
-        _, guess = scan.solve(cell, tail, weights, zero, tail_reset)
+        _, guess, _ = method.solve(cell, tail, weights, zero, tail_reset)
         guess = tuple(jnp.where(index == 0, x, g) for x, g in zip(initial, guess, strict=True))
 
         def march(entries: Arrays) -> shooting.Pass:

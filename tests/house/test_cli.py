@@ -24,8 +24,8 @@ OPTIONS: dict[str, str] = {
         "--threads --vocab-size --windows --workers"
     ),
     "scripts/bench_recurrent.py": (
-        "--cells --dtypes --layers --lengths --methods --quick --report --rival --scan --seconds "
-        "--shapes"
+        "--cells --devices --dtypes --layers --lengths --methods --quick --report --rival --scan "
+        "--seconds --shapes"
     ),
     "scripts/bench_train.py": "--attention --case --preset --report --steps",
     "scripts/compare_runs.py": "--note --report --steps",

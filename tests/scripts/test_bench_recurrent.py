@@ -116,6 +116,17 @@ def test_tables_report_and_json(script, tmp_path, capsys):
     assert json.loads(text.split("```json\n")[1].split("\n```")[0])["left out"] == 0
 
 
+@pytest.mark.devices(8)
+def test_time_over_all_devices(script, capsys):
+    options = "--shapes --layers --scan --devices 1x16x64 1x16x60 --methods shooting"
+    assert script.main([*options.split(), "--cells", "lstm"]) == 1
+    out = capsys.readouterr().out
+    right, wrong = rows_in(out)
+    assert right["error"] < 1e-6 and right["gradient error"] < 1e-6
+    assert right["both speedup"] > 0 and "| lstm | 1 | 16 | 64 | float32 | shooting |" in out
+    assert "60" in wrong["failed"] and "all devices both ms" not in wrong
+
+
 @pytest.mark.parametrize("wrong", ["state", "gradient"])
 def test_no_speed_for_a_row_that_is_wrong(script, rows, monkeypatch, capsys, wrong):
     import jax
