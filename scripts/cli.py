@@ -1,6 +1,7 @@
-"""What scripts share: one line per user error, exit code 2, and options that are sizes."""
+"""What scripts share: one line per user error, exit code 2, sizes as options, a flag of XLA."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -8,6 +9,8 @@ from typing import NoReturn
 from hackle.pjit_configs.errors import ConfigError
 from hackle.zoo.errors import UserError
 
+# With it, kernels may write in place on GPUs; see hackle/layers/in_place.py.
+XLA_FLAG = "--xla_gpu_enable_dynamic_slice_fusion=false"
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 
@@ -19,6 +22,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def call(main: Callable[[], int | None]) -> int:
     """`run` without the exit: the exit code of `main`."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if XLA_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, XLA_FLAG])
     try:
         return main() or EXIT_OK
     except (UserError, ConfigError) as error:

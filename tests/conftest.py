@@ -22,6 +22,9 @@ def _prepare_environment() -> None:
         flag = "--xla_force_host_platform_device_count"
         kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
         os.environ["XLA_FLAGS"] = " ".join([*kept, f"{flag}={CPU_DEVICES}"])
+    else:  # as scripts do; see layers/in_place.py
+        flag = "--xla_gpu_enable_dynamic_slice_fusion=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     # GPUs would multiply float32 in TF32, which no tolerance here allows for.
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     cache = os.environ.get("HACKLE_TEST_CACHE")

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hackle.layers import in_place
 from hackle.layers.attention import pallas_gpu_backward as narrow
 from hackle.layers.attention import pallas_gpu_backward_wide as wide
 from hackle.layers.attention import tile_mask
 from hackle.layers.attention.folding import folded
 from hackle.layers.attention.masks import Mask
-from hackle.layers.attention.pallas_gpu_forward import LOG2E, forward
+from hackle.layers.attention.pallas_gpu_forward import forward
 from hackle.layers.attention.pallas_gpu_tensor_core import COMPUTE, ROWS, Shape
 
 WIDEST = 256
@@ -47,6 +48,8 @@ def unsupported(query: jax.Array, key: jax.Array, mask: Mask | None) -> str | No
             "the kernels need compute capability 9.0 (Hopper), "
             f"{device.device_kind} has {device.compute_capability}"
         )
+    if (reason := in_place.unsafe()) is not None:  # gradients of queries add up in place
+        return reason
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
         return f"the kernels take bfloat16 or float16, got {query.dtype} and {key.dtype}"
     if query.shape[-1] > WIDEST:
@@ -64,8 +67,8 @@ def attend(
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.attend`; `interpret` is passed to the kernels, for tests without a GPU."""
-    if scale < 0:
-        query, scale = -query, -scale
+    if scale <= 0:  # backward, the log-sum-exp is divided by it
+        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
     batch, queries, heads, width = query.shape
     keys, key_heads = key.shape[1:3]
     padded = _up(queries, _ALIGNED), _up(keys, _ALIGNED)
@@ -136,10 +139,10 @@ def _backward(
     plan = tile_mask.plan(jnp.swapaxes(_states(shape, (query_ints, key_ints)), 1, 2))
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # never TF32
     delta = jnp.swapaxes(delta, 1, 2) - dlse
-    # A query that is not there, or sees nothing, has no probabilities: 2^(s - inf) = 0.
+    # A query that is not there, or sees nothing, has no probabilities: e^(s - inf) = 0.
     there = (jnp.arange(shape.query_length) < queries) & (lse > -jnp.inf)
-    lse = jnp.where(there, lse * LOG2E, jnp.inf)
-    delta = jnp.where(there, delta, 0.0)
+    lse = jnp.where(there, -lse / scale, -jnp.inf)
+    delta = jnp.where(there, -delta, 0.0)
     dquery = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
     kernel = (wide if shape.width > 128 else narrow).backward(shape, scale, interpret=interpret)
     dkey, dvalue = kernel(query, key, value, dout, lse, delta, *plan, query_ints, key_ints, dquery)

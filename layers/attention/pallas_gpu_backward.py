@@ -40,13 +40,13 @@ from hackle.layers.attention.pallas_gpu_tensor_core import (
 
 
 def backward(shape: Shape, scale: float, *, interpret: Any = None):
-    """The kernel for a shape; `scale` is not negative.
+    """The kernel for a shape; `scale` is positive.
 
     Returns:
       A function of `(query, key, value, dout, lse [B,H,L], delta [B,H,L], order, counts, query
-      integers, key integers, dquery Ref)`: lse in powers of two, inf where nothing is seen; a plan
-      for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk and
-      dv, as the key.
+      integers, key integers, dquery Ref)`: `-lse / scale`, -inf where nothing is seen; `-delta`; a
+      plan for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk
+      and dv, as the key.
     """
     core = TensorCore(interpret is not None)
     program, stages, width = shape.program, shape.stages, shape.width
@@ -140,9 +140,9 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                         core.multiply(s_acc, my_key, query, transpose_b=True)
                         plgpu.barrier_wait(dout_here.at[slot])
                         core.multiply(dp_acc, my_value, dout, transpose_b=True)
-                        lse = load(lse_tiles.at[slot], layout=COLUMN)
                         s = core.read(s_acc, running=1)
-                        p = jnp.exp2(s * factor - lax.broadcast_in_dim(lse, s.shape, [1]))
+                        lse = load(lse_tiles.at[slot], layout=COLUMN)  # late: registers are few
+                        p = jnp.exp2((s + lax.broadcast_in_dim(lse, s.shape, [1])) * factor)
                         if key_integers is not None:
                             plgpu.barrier_wait(ints_here.at[slot])
                             high = [lax.broadcast_in_dim(x, s.shape, [0]) for x in key_integers]
@@ -157,7 +157,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                             p = jnp.where(tile_mask.visible(program, wide, high), p, 0.0)
                         dp = core.read(dp_acc)
                         delta = load(delta_tiles.at[slot], layout=COLUMN)
-                        ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        ds = p * (dp + lax.broadcast_in_dim(delta, s.shape, [1]))
                         # Both narrow before a product holds on to p: more would not fit into the
                         # registers.
                         narrow = p.astype(shape.dtype), ds.astype(shape.dtype)

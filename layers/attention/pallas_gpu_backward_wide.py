@@ -111,7 +111,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
         def probabilities(scores, slot, key_integers):
             """`p^T`, from an accumulator of scores that nothing else runs behind but one."""
             lse = load(lse_tiles.at[slot], layout=COLUMN)
-            p = jnp.exp2(scores * factor - lax.broadcast_in_dim(lse, scores.shape, [1]))
+            p = jnp.exp2((scores + lax.broadcast_in_dim(lse, scores.shape, [1])) * factor)
             if key_integers is None:
                 return p
             plgpu.barrier_wait(ints_here.at[slot])
@@ -162,7 +162,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                         p = probabilities(core.read(s_acc, running=1), slot, key_integers)
                         delta = load(delta_tiles.at[slot], layout=COLUMN)
                         dp = core.read(dp_acc)
-                        return p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
+                        return p * (dp + lax.broadcast_in_dim(delta, dp.shape, [1]))
 
                     ds = core.zeros(scores, (ROWS, queries), (ROWS, queries)).astype(shape.dtype)
                     plgpu.barrier_arrive(dout_free.at[slot])

@@ -13,14 +13,18 @@ Bytes per (batch, time, channel), with s bytes a number: forward GRU 4s, LSTM 5s
 """
 
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hackle.layers import in_place
 from hackle.layers.recurrent import affine
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
 from hackle.layers.recurrent.fused_gpu_kernels import KEEP, LANES, ROWS, Shape, backward, forward
+
+_log = logging.getLogger("hackle")
 
 _BURN_IN = 64  # steps
 _FULL = 32 * 1024  # channels times batch times segments that fill the chip
@@ -83,6 +87,9 @@ def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret
     width, n = u.shape[-1], cell.states
     u, weights, wide, keep = _padded(u, weights, initial, reset)
     shape = _shape(u, keep is not None, segments)
+    if segments is None and shape.segments > 1 and (reason := in_place.unsafe()) is not None:
+        _say_once(reason)  # segments are corrected in place
+        shape = _shape(u, keep is not None, 1)
     arrays = (u, weights, *wide, *(() if keep is None else (keep,)))
     run = functools.partial(forward, cell, shape, interpret=interpret)
     if shape.segments == 1:
@@ -100,6 +107,13 @@ def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret
     total = tuple(cut(x[0]) for x in total)
     block = tuple(total[i * n : (i + 1) * n] for i in range(n)) if products else ()
     return tuple(map(cut, states)), tuple(cut(x[0]) for x in final), block
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning(
+        "fused recurrence: time is one segment, which is slow for few channels: %s", reason
+    )
 
 
 def _split(arrays, count: int) -> tuple[Arrays, Arrays]:

@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tests.house.tree import ROOT, parse, python_files
+from tests.scripts.running import load
 
 # Command line -> its options, as `--help` prints them; `--help` itself is left out.
 OPTIONS: dict[str, str] = {
@@ -120,3 +122,16 @@ def test_the_search_sees_options_and_commands():
     )
     assert options_in(text) == {"-o", "--out", "--set"}
     assert commands_in(text) == {"ls"}
+
+
+def test_scripts_let_kernels_write_in_place(monkeypatch):
+    from hackle.layers import in_place
+
+    cli = load("cli")
+    assert cli.XLA_FLAG == in_place.FLAG
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert "may lose" in in_place.unsafe()
+    assert cli.call(lambda: 0) == cli.call(lambda: 0) == 0
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=somewhere {in_place.FLAG}"
+    assert in_place.unsafe() is None

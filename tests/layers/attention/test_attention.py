@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hackle.layers import attention, attention_with_lse, masks, merge_attention
+from hackle.layers import attention, attention_with_lse, in_place, masks, merge_attention
 from hackle.layers.attention import dispatch, xla
 from tests.layers.attention.test_over_devices import HOPPER, TPU, Chip
 
@@ -253,11 +253,24 @@ AMPERE = Chip("gpu", "8.0")
 def test_what_none_chooses(chip, kind, width, length, alone, with_lse, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [chip])
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setenv("XLA_FLAGS", in_place.FLAG)
     query = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
     mask = dict(all_masks(1, length, length))[kind]
     assert dispatch._choose(None, dispatch._PREFERENCE, query, query, mask) == alone
     preference = [name for name in dispatch._PREFERENCE if name in dispatch._WITH_LSE]
     assert dispatch._choose(None, preference, query, query, mask) == with_lse
+
+
+def test_kernels_that_write_in_place_need_a_flag(monkeypatch):
+    """With which XLA leaves them alone."""
+    monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
+    query = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+    mask = dict(all_masks(1, 200, 200))["packed"]
+    assert dispatch._choose(None, dispatch._PREFERENCE, query, query, mask) == "xla"
+    with pytest.raises(NotImplementedError, match=f"set XLA_FLAGS={in_place.FLAG}"):
+        dispatch._choose("pallas_gpu", dispatch._PREFERENCE, query, query, mask)
 
 
 def test_none_says_once_what_it_chose(caplog):

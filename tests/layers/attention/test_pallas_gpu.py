@@ -24,20 +24,24 @@ recent = pytest.mark.skipif(
     reason=f"the kernels need Pallas of jax 0.11 or newer, this is {jax.__version__}",
 )
 
-# (B, L, S, H, K, E), mask. Tiles are of 64 or 128 tokens.
+# (B, L, S, H, K, E), mask, scale. Tiles are of 64 or 128 tokens.
 SMALL = {
-    "branches, grouped": ((1, 200, 200, 2, 1, 56), branch_mask(200, ((0, 20), (1, 60), (2, 60)))),
-    "a row of masks each": ((2, 120, 200, 1, 1, 128), random_masks(3, 2, 120, 200, 2)),
-    "wide, nothing is seen": ((2, 60, 140, 2, 1, 136), masks.Padding(jnp.asarray([0, 130]))),
+    "branches, grouped": (
+        (1, 200, 200, 2, 1, 56),
+        branch_mask(200, ((0, 20), (1, 60), (2, 60))),
+        0.1,
+    ),
+    "a row of masks each": ((2, 120, 200, 1, 1, 128), random_masks(3, 2, 120, 200, 2), -0.06),
+    "wide, nothing is seen": ((2, 60, 140, 2, 1, 136), masks.Padding(jnp.asarray([0, 130])), 0.06),
+    "no scores": ((1, 70, 70, 1, 1, 64), None, 0.0),
 }
 
 
 @recent
-@pytest.mark.parametrize("shape, mask", SMALL.values(), ids=SMALL)
-def test_interpreted_kernels(shape, mask):
+@pytest.mark.parametrize("shape, mask, scale", SMALL.values(), ids=SMALL)
+def test_interpreted_kernels(shape, mask, scale):
     given = draw(shape, jnp.bfloat16)
     attend = functools.partial(pallas_gpu.attend, interpret=plgpu.InterpretGPUParams())
-    scale = 0.7 * shape[-1] ** -0.5
     got = jax.jit(functools.partial(everything, attend, mask, scale))(*given)
     want = everything(reference.attend, mask, scale, *(x.astype(jnp.float32) for x in given))
     assert got[0].dtype == got[2].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
@@ -149,3 +153,26 @@ def test_on_hopper(kind, width, length, dtype):
     wide = [x.astype(jnp.float32) for x in given]
     want = jax.jit(functools.partial(everything, reference.attend, mask, scale))(*wide)
     check(got, want, 1e-2 if dtype == jnp.bfloat16 else 2e-3)
+
+
+@pytest.mark.gpu
+def test_gradients_through_a_scan_over_layers():
+    """Where XLA stacks and slices what the kernels read and write."""
+    query, key, value, dout, _ = draw((2, 512, 512, 4, 2, 64), jnp.bfloat16)
+    if reason := pallas_gpu.unsupported(query, key, None):
+        pytest.skip(reason)
+    stacked = [jnp.stack([x, x[::-1], -x]) for x in (query, key, value)]
+
+    def total(attend, *stacked):
+        def layer(carry, given):
+            return carry, attend(*given, masks.Causal(), 0.1)[0]
+
+        return jax.lax.scan(layer, 0, stacked)[1]
+
+    def run(attend, *stacked):
+        out, pull = jax.vjp(functools.partial(total, attend), *stacked)
+        return out, *pull(jnp.stack([dout] * 3).astype(out.dtype))
+
+    got = jax.jit(functools.partial(run, pallas_gpu.attend))(*stacked)
+    wide = [x.astype(jnp.float32) for x in stacked]
+    check(got, jax.jit(functools.partial(run, reference.attend))(*wide), 5e-3)
