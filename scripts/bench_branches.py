@@ -39,6 +39,16 @@ class Size:
     tokens: int
     prompt: int
 
+    @property
+    def written(self) -> int:
+        """Tokens of a path with its tag, its name and the end of that, which the decoder writes."""
+        return self.tokens + 3
+
+    @property
+    def total(self) -> int:
+        """New tokens."""
+        return self.paths * self.written
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -63,9 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     import jax
 
     model, tags = made(args.model, args.dtype)
+    sizes = [Size(paths, args.tokens, args.prompt) for paths in args.paths]
+    for size in sizes:
+        needed, most = len(block(tags, size)) + size.total, model.config.max_length
+        if needed > most:
+            raise UserError(
+                f"--paths {size.paths}, --tokens {size.tokens} and --prompt {size.prompt} are "
+                f"{needed} tokens; {args.model} has {most}"
+            )
     rows = []
-    for paths in args.paths:
-        size = Size(paths, args.tokens, args.prompt)
+    for size in sizes:
         rows.append(dataclasses.asdict(size) | measured(model, tags, size, SHORT[args.dtype]))
         print(json.dumps(rows[-1]), flush=True)
     text = (
@@ -144,28 +161,29 @@ def block(tags, size: Size) -> list[int]:
 def measured(model, tags, size: Size, allowed: float) -> dict[str, Any]:
     """The numbers of one row."""
     from hackle.zoo.generate import generate, generate_branches
+    from hackle.zoo.generate.draft import Fork
 
     prompt = block(tags, size)
-    total = size.paths * (size.tokens + 3)  # with the tag and the index, which the decoder writes
     branching = functools.partial(
-        generate_branches, model, prompt, max_new_tokens=total, index_end=[_COLON], tags=tags
-    )
+        generate_branches, model, prompt, max_new_tokens=size.total, max_branches=size.paths,
+        index_end=[_COLON], tags=tags,
+    )  # fmt: skip
+    one_by_one = functools.partial(generate, model, [prompt], max_new_tokens=size.total)
     draft = branching()
-    short = shortfall(model, prompt, draft)
-    failed = ""
-    lengths = {len(path) for path in draft.parts[-1].paths}
-    if draft.finish != "length" or lengths != {size.tokens + 3}:
-        failed = f"{draft.finish}, paths of {sorted(lengths)} tokens"
-    elif not short <= allowed:
-        failed = f"a choice falls short by {short:.2g}, allowed is {allowed:g}"
-    row: dict[str, Any] = {"steps": draft.steps, "new tokens": draft.total, "short": short}
-    if not failed:
-        one_by_one = functools.partial(generate, model, [prompt], max_new_tokens=total)
-        one_by_one()
-        row["side by side ms"] = milliseconds(branching)
-        row["one by one ms"] = milliseconds(one_by_one)
-        row["ratio"] = row["side by side ms"] / row["one by one ms"]
-    return row | {"failed": failed}
+    row: dict[str, Any] = {"steps": draft.steps, "new tokens": draft.total, "failed": ""}
+    lengths = [len(x) for part in draft.parts if isinstance(part, Fork) for x in part.paths]
+    if draft.finish != "length" or lengths != [size.written] * size.paths:
+        return row | {"failed": f"{draft.finish} {draft.error or ''}, paths of {lengths} tokens"}
+    row["short"] = short = shortfall(model, prompt, draft)
+    if not short <= allowed:
+        return row | {"failed": f"a choice falls short by {short:.2g}, allowed is {allowed:g}"}
+    (twin,) = one_by_one()
+    if len(twin) != size.total:
+        return row | {"failed": f"the twin has {len(twin)} tokens, expected {size.total}"}
+    row["side by side ms"] = milliseconds(branching)
+    row["one by one ms"] = milliseconds(one_by_one)
+    row["side by side / one by one"] = row["side by side ms"] / row["one by one ms"]
+    return row
 
 
 def milliseconds(call) -> float:

@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--lengths {min(args.lengths)} is too small; expected at least 1")
     if wrong := [s for s in args.layers if s[1] % HEADS]:
         raise UserError(f"--layers width {wrong[0][1]} is not divisible by {HEADS} heads")
+    devices = jax.device_count()
+    if args.devices and devices < 2:
+        raise UserError("--devices needs at least two, there is one")
+    if wrong := [s for s in args.devices if s[2] % devices]:
+        raise UserError(f"--devices: T {wrong[0][2]} does not divide over {devices} devices")
     rival = None if args.rival is None else recurrent_rival.load(args.rival)
     start = time.monotonic()
     rate = copy_rate()
@@ -152,7 +157,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fill(section: str, case: Case, rate: float, rival, programs, row: dict[str, Any]) -> None:
-    """Fills `row`, as far as it comes."""
+    """Fills `row`, as far as it comes.
+
+    Args:
+      rate: bytes per second of a copy.
+      rival: a `recurrent_rival.Rival` to run beside ours, or None.
+      programs: what was compiled ahead.
+    """
     if section == "layers":
         layer_row(case, row, rival)
     elif section == "devices":
@@ -244,11 +255,15 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         text += ["Forward, beside one step after the other:"]
         text += [columns(with_speedup(rows["scan"]), size | forward | {"against scan": "x scan"})]
     if rows["devices"]:
-        spread = {f"{name} {what} ms": f"{what}, {name}, ms" for what in ("forward", "both")
+        spread = {"devices": "devices"}
+        spread |= {f"{name} {what} ms": f"{what}, {name}, ms" for what in ("forward", "both")
                   for name in ("one device", "all devices")}  # fmt: skip
         spread |= {f"{what} speedup": f"{what}, times faster" for what in ("forward", "both")}
         spread |= {"error": "error", "gradient error": "gradient error"}
-        text += ["Time split over all devices:", columns(rows["devices"], size | spread)]
+        text += [
+            "Time split over all devices, the same inputs again and again:",
+            columns(rows["devices"], size | spread),
+        ]
     if rows["layers"]:
         text += [
             f"The whole layer, {HEADS} heads, as wide inside as outside (error: of gradients, "

@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NoReturn
 
 from hackle.pjit_configs.errors import ConfigError
 from hackle.zoo.errors import UserError
 
-# With it, kernels may write in place on GPUs; see hackle/layers/in_place.py.
+# FLAG of hackle/layers/in_place.py: with it, kernels may write in place on GPUs.
 XLA_FLAG = "--xla_gpu_enable_dynamic_slice_fusion=false"
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
@@ -17,14 +18,20 @@ EXIT_USER_ERROR = 2
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its code; a bad input becomes one `error:` line and code 2."""
+    allow_writing_in_place()
     sys.exit(call(main))
+
+
+def allow_writing_in_place() -> None:
+    """Sets `XLA_FLAG` for this process, whose JAX must not have started, and those it starts."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    affected = tuple(map(int, version("jax").split(".")[:2])) >= (0, 11)
+    if affected and XLA_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, XLA_FLAG])
 
 
 def call(main: Callable[[], int | None]) -> int:
     """`run` without the exit: the exit code of `main`."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if XLA_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = " ".join([*flags, XLA_FLAG])
     try:
         return main() or EXIT_OK
     except (UserError, ConfigError) as error:

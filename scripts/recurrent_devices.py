@@ -1,13 +1,16 @@
 """A recurrence with its time over all devices, beside the same on one of them, checked alike."""
 
+import functools
 from typing import Any
 
 import recurrent_reference as reference
 from recurrent_rows import (
+    FINAL_ERROR,
     GRADIENT_ERROR,
     STATE_ERROR,
     Case,
     Given,
+    WrongResult,
     check,
     random_array,
     recurrence,
@@ -20,7 +23,7 @@ RULES = {"batch": None, "length": "seq", "state": None}
 
 
 def devices_row(case: Case, row: dict[str, Any]) -> None:
-    """Fills `row`, as far as it comes: milliseconds on one device and on all of them.
+    """Fills `row`: milliseconds on one device and on all of them, once both are right.
 
     Arrays of one device are dropped before those of all are made, since each may fill its memory.
     """
@@ -28,30 +31,41 @@ def devices_row(case: Case, row: dict[str, Any]) -> None:
 
     given = Given.random(case)
     require(case, "backward")
-    exact = None
-    for name, count in (("one device", 1), ("all devices", len(jax.devices()))):
+    exact, times, errors = None, {}, []
+    row["devices"] = len(jax.devices())
+    for name, count in (("one device", 1), ("all devices", row["devices"])):
         u, g = placed(case, count)
         forward, both = programs(case, given, count)
-        if exact is None:
-            exact = of_reference(case, given, u, g)
-        h, got = forward(given.state, u)[0], both(given.state, u, g)
-        states, (du, dweights, dstate) = given.sampled((h, got))
-        error = check("h", [states], [exact[0]], STATE_ERROR[case.dtype])
-        row["error"] = max(error, row.get("error", 0.0))
-        wrong = check(
-            "a gradient",
-            [du, dweights, *state_arrays(dstate)],
-            exact[1:],
-            GRADIENT_ERROR[case.dtype],
-            relative=True,
-        )
-        row["gradient error"] = max(wrong, row.get("gradient error", 0.0))
-        del h, got, du
-        row[f"{name} forward ms"] = 1e3 * seconds(lambda u: forward(given.state, u), [u])  # noqa: B023
-        row[f"{name} both ms"] = 1e3 * seconds(lambda x: both(given.state, *x), [(u, g)])  # noqa: B023
+        exact = exact or of_reference(case, given, u, g)
+        errors.append(checked(case, given, exact, count, forward(given.state, u), both, u, g))
+        run_forward = functools.partial(forward, given.state)
+        run_both = functools.partial(both, given.state)
+        times[f"{name} forward ms"] = 1e3 * seconds(run_forward, [u])
+        times[f"{name} both ms"] = 1e3 * seconds(lambda x, run=run_both: run(*x), [(u, g)])
         del u, g
+    row["error"], row["gradient error"] = map(max, zip(*errors, strict=True))
+    row |= times
     for what in ("forward", "both"):
-        row[f"{what} speedup"] = row[f"one device {what} ms"] / row[f"all devices {what} ms"]
+        row[f"{what} speedup"] = times[f"one device {what} ms"] / times[f"all devices {what} ms"]
+
+
+def checked(case: Case, given: Given, exact, count: int, found, both, u, g) -> tuple[float, float]:
+    """Errors of the states and of the gradients.
+
+    Raises:
+      WrongResult: one is too large, or time does not lie over `count` devices.
+    """
+    h, final = found
+    if len(h.sharding.device_set) != count:
+        raise WrongResult(f"h lies on {len(h.sharding.device_set)} devices, expected {count}")
+    states, gradients = exact
+    h, final, (du, dweights, dstate) = given.sampled((h, final, both(given.state, u, g)))
+    error = check("h", [h], states[-1:], STATE_ERROR[case.dtype])
+    last = [x[:, -1] for x in states]
+    check("the final state", state_arrays(final), last, FINAL_ERROR[case.dtype])
+    got = [du, dweights, *state_arrays(dstate)]
+    allowed = GRADIENT_ERROR[case.dtype]
+    return error, check("a gradient", got, gradients, allowed, relative=True)
 
 
 def mesh(count: int):
@@ -100,10 +114,10 @@ def programs(case: Case, given: Given, count: int):
 
 
 def of_reference(case: Case, given: Given, u, g):
-    """States h, and gradients of pre-activations, weights and first states, of some channels."""
+    """States, and gradients of pre-activations, weights and first states, of some channels."""
     u, g, weights, state, final_g = given.sampled((u, g, given.weights, given.state, given.final_g))
     states = reference.solve(case.cell, u, weights, state_arrays(state))
     _, du, dweights, dinitial = reference.gradients(
         case.cell, u, weights, state_arrays(state), states, g, state_arrays(final_g)
     )
-    return states[-1], du, dweights, *dinitial
+    return states, [du, dweights, *dinitial]

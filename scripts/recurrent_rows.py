@@ -138,16 +138,16 @@ def recurrence_row(
     """Fills `row`, as far as it comes, with the columns of a recurrence."""
     given = Given.random(case)
     require(case, "forward")
-    program = programs.get((case, "forward")) or compiled(case, "forward")
+    program = programs.get((case, "forward")) or lowered(case, "forward").compile()
     exact = forward_columns(case, given, program, row, rate, rival)
     if backward:
         require(case, "backward")
-        program = programs.get((case, "backward")) or compiled(case, "backward")
+        program = programs.get((case, "backward")) or lowered(case, "backward").compile()
         both_columns(case, given, program, exact, row, rate)
 
 
-def compiled(case: Case, what: str):
-    """The program of `what`, "forward" or "backward" (both directions), compiled for its inputs."""
+def lowered(case: Case, what: str):
+    """The program of `what`, "forward" or "backward" (both directions), for its inputs."""
     import jax
 
     given = Given.random(case)
@@ -169,7 +169,7 @@ def compiled(case: Case, what: str):
 
     program = jax.jit(lambda state, inputs: chain(one, state, inputs))
     group = grouped([arrays] * input_sets(case, what))[0]
-    return program.lower(given.state, group).compile()
+    return program.lower(given.state, group)
 
 
 def compile_ahead(cases: list[Case], backward: bool) -> Programs:
@@ -177,15 +177,18 @@ def compile_ahead(cases: list[Case], backward: bool) -> Programs:
 
     What cannot be compiled is left out: its row does it again, and reports why not.
     """
-    jobs = [(c, what) for c in cases for what in ("forward", "backward")[: 1 + backward]]
-
-    def program(job):
-        with contextlib.suppress(Exception):
-            require(*job)
-            return compiled(*job)
-
+    programs: Programs = {}
     with ThreadPoolExecutor() as pool:
-        return {j: p for j, p in zip(jobs, pool.map(program, jobs), strict=True) if p is not None}
+        started = {}
+        for job in [(c, what) for c in cases for what in ("forward", "backward")[: 1 + backward]]:
+            with contextlib.suppress(Exception):
+                require(*job)
+                # Lowered here: to lower kernels in several threads at once has crashed.
+                started[job] = pool.submit(lowered(*job).compile)
+        for job, program in started.items():
+            with contextlib.suppress(Exception):
+                programs[job] = program.result()
+    return programs
 
 
 def forward_columns(case: Case, given: Given, program, row: dict[str, Any], rate: float, rival):

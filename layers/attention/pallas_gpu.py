@@ -141,11 +141,11 @@ def _backward(
     delta = jnp.swapaxes(delta, 1, 2) - dlse
     # A query that is not there, or sees nothing, has no probabilities: e^(s - inf) = 0.
     there = (jnp.arange(shape.query_length) < queries) & (lse > -jnp.inf)
-    lse = jnp.where(there, -lse / scale, -jnp.inf)
-    delta = jnp.where(there, -delta, 0.0)
+    shift = jnp.where(there, -lse / scale, -jnp.inf)
+    drop = jnp.where(there, -delta, 0.0)
     dquery = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
     kernel = (wide if shape.width > 128 else narrow).backward(shape, scale, interpret=interpret)
-    dkey, dvalue = kernel(query, key, value, dout, lse, delta, *plan, query_ints, key_ints, dquery)
+    dkey, dvalue = kernel(query, key, value, dout, shift, drop, *plan, query_ints, key_ints, dquery)
     return (scale * dquery[...]).astype(query.dtype), dkey, dvalue
 
 

@@ -1,11 +1,12 @@
 """The backward kernel of `pallas_gpu.py`: one program is a tile of keys of one key head.
 
 It goes through the tiles of queries that see its keys, for every query head of its group, so that
-gradients of keys and values add up in registers. With `p = 2^(c s - lse)` and
-`delta_i = sum_j p_ij dp_ij`, known beforehand as `dout_i . out_i` (FlashAttention-2,
-arXiv 2307.08691, algorithm 2):
+gradients of keys and values add up in registers. Known beforehand for each query are
+`shift = -lse / scale` and `drop = dlse - dout . out`, where `dout . out = sum_j p_j dp_j`
+(FlashAttention-2, arXiv 2307.08691, algorithm 2). With `c = scale * log2(e)`:
 
-  dv = p^T dout,  dp = dout v^T,  ds = p (dp - delta),  dk = scale ds^T q,  dq = scale ds k.
+  p = 2^(c (s + shift)),  dv = p^T dout,  dp = dout v^T,  ds = p (dp + drop),
+  dk = scale ds^T q,  dq = scale ds k.
 
 Scores are made transposed, keys by queries: p^T and ds^T are then where the tensor cores take their
 left operand from, registers. Each of two warpgroups has 64 of the keys; ds^T goes through shared
@@ -43,10 +44,10 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
     """The kernel for a shape; `scale` is positive.
 
     Returns:
-      A function of `(query, key, value, dout, lse [B,H,L], delta [B,H,L], order, counts, query
-      integers, key integers, dquery Ref)`: `-lse / scale`, -inf where nothing is seen; `-delta`; a
-      plan for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk
-      and dv, as the key.
+      A function of `(query, key, value, dout, shift [B,H,L], drop [B,H,L], order, counts, query
+      integers, key integers, dquery Ref)`: float32, the shift -inf where nothing is seen; a plan
+      for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk and
+      dv, as the key.
     """
     core = TensorCore(interpret is not None)
     program, stages, width = shape.program, shape.stages, shape.width
@@ -64,15 +65,15 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             swizzled((stages, queries, width), shape.dtype),  # dout
             swizzled((2, COMPUTE, ROWS, queries), shape.dtype),  # ds^T
             swizzled((COMPUTE, ROWS, half if not by_queries else width), jnp.float32),  # dq
-            plgpu.SMEM((stages, queries), jnp.float32),  # lse
-            plgpu.SMEM((stages, queries), jnp.float32),  # delta
+            plgpu.SMEM((stages, queries), jnp.float32),  # shift
+            plgpu.SMEM((stages, queries), jnp.float32),  # drop
             plgpu.SMEM((stages, program.integers, queries), jnp.int32),
         )
         pair = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
         barriers = (
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),  # keys and values
-            pair,  # queries and lse
-            pair,  # dout and delta
+            pair,  # queries and shift
+            pair,  # dout and drop
             plgpu.Barrier(num_barriers=stages),  # integers
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),  # queries read
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),  # dout read
@@ -87,12 +88,12 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     def run(refs, memory, barriers):
         (
-            query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, order_ref, counts_ref,
+            query_ref, key_ref, value_ref, dout_ref, shift_ref, drop_ref, order_ref, counts_ref,
             query_ints, key_ints, dquery_ref, dkey_ref, dvalue_ref,
         ) = refs  # fmt: skip
         (
             key_tile, value_tile, query_tiles, dout_tiles, ds_tiles, dquery_tile,
-            lse_tiles, delta_tiles, ints_tiles,
+            shift_tiles, drop_tiles, ints_tiles,
         ) = memory  # fmt: skip
         fixed_here, query_here, dout_here, ints_here, query_free, dout_free, ds_here = barriers
         key_head, batch, tile = (lax.axis_index(name) for name in ("head", "batch", "tile"))
@@ -116,8 +117,8 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             fetch_queries(
                 shape,
                 (batch, key_head, mask_row, tile, seen, visited),
-                (query_ref, dout_ref, lse_ref, delta_ref, order_ref, query_ints),
-                (query_tiles, dout_tiles, lse_tiles, delta_tiles, ints_tiles),
+                (query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints),
+                (query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles),
                 (query_here, dout_here, ints_here, query_free, dout_free),
             )
 
@@ -141,8 +142,8 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                         plgpu.barrier_wait(dout_here.at[slot])
                         core.multiply(dp_acc, my_value, dout, transpose_b=True)
                         s = core.read(s_acc, running=1)
-                        lse = load(lse_tiles.at[slot], layout=COLUMN)  # late: registers are few
-                        p = jnp.exp2((s + lax.broadcast_in_dim(lse, s.shape, [1])) * factor)
+                        shift = load(shift_tiles.at[slot], layout=COLUMN)  # late: registers are few
+                        p = jnp.exp2((s + lax.broadcast_in_dim(shift, s.shape, [1])) * factor)
                         if key_integers is not None:
                             plgpu.barrier_wait(ints_here.at[slot])
                             high = [lax.broadcast_in_dim(x, s.shape, [0]) for x in key_integers]
@@ -156,8 +157,8 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                             ]
                             p = jnp.where(tile_mask.visible(program, wide, high), p, 0.0)
                         dp = core.read(dp_acc)
-                        delta = load(delta_tiles.at[slot], layout=COLUMN)
-                        ds = p * (dp + lax.broadcast_in_dim(delta, s.shape, [1]))
+                        drop = load(drop_tiles.at[slot], layout=COLUMN)
+                        ds = p * (dp + lax.broadcast_in_dim(drop, s.shape, [1]))
                         # Both narrow before a product holds on to p: more would not fit into the
                         # registers.
                         narrow = p.astype(shape.dtype), ds.astype(shape.dtype)
@@ -255,8 +256,8 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
       barriers: of what has arrived, and of what is free again.
     """
     batch, key_head, mask_row, tile, seen, visited = place
-    query_ref, dout_ref, lse_ref, delta_ref, order_ref, query_ints = arrays
-    query_tiles, dout_tiles, lse_tiles, delta_tiles, ints_tiles = tiles
+    query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints = arrays
+    query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles = tiles
     query_here, dout_here, ints_here, query_free, dout_free = barriers
     queries, stages = shape.queries, shape.stages
 
@@ -270,14 +271,14 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
         pl.when(count >= stages)(lambda: plgpu.barrier_wait(query_free.at[slot]))
         here = query_here.at[slot]
         plgpu.copy_gmem_to_smem(query_ref.at[batch, rows, head], query_tiles.at[slot], here)
-        plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_tiles.at[slot], here)
+        plgpu.copy_gmem_to_smem(shift_ref.at[batch, head, rows], shift_tiles.at[slot], here)
         if mixed:
             source = query_ints.at[mask_row, :, rows]
             plgpu.copy_gmem_to_smem(source, ints_tiles.at[slot], ints_here.at[slot])
         pl.when(count >= stages)(lambda: plgpu.barrier_wait(dout_free.at[slot]))
         here = dout_here.at[slot]
         plgpu.copy_gmem_to_smem(dout_ref.at[batch, rows, head], dout_tiles.at[slot], here)
-        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_tiles.at[slot], here)
+        plgpu.copy_gmem_to_smem(drop_ref.at[batch, head, rows], drop_tiles.at[slot], here)
         return following
 
     def fetch(first, last, done, **kind):

@@ -50,15 +50,15 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             swizzled((stages, queries, width), shape.dtype),  # dout
             swizzled((ROWS, queries), shape.dtype),  # ds^T
             swizzled((queries, _CHUNK), jnp.float32),  # dq
-            plgpu.SMEM((stages, queries), jnp.float32),  # lse
-            plgpu.SMEM((stages, queries), jnp.float32),  # delta
+            plgpu.SMEM((stages, queries), jnp.float32),  # shift
+            plgpu.SMEM((stages, queries), jnp.float32),  # drop
             plgpu.SMEM((stages, program.integers, queries), jnp.int32),
         )
         pair = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
         barriers = (
             plgpu.Barrier(num_arrivals=2),  # keys and values
-            pair,  # queries and lse
-            pair,  # dout and delta
+            pair,  # queries and shift
+            pair,  # dout and drop
             plgpu.Barrier(num_barriers=stages),  # integers
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),  # queries read
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),  # dout read
@@ -75,12 +75,12 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     def run(refs, memory, barriers):
         (
-            query_ref, key_ref, value_ref, dout_ref, lse_ref, delta_ref, order_ref, counts_ref,
+            query_ref, key_ref, value_ref, dout_ref, shift_ref, drop_ref, order_ref, counts_ref,
             query_ints, key_ints, dquery_ref, dkey_ref, dvalue_ref,
         ) = refs  # fmt: skip
         (
             key_tile, value_tile, query_tiles, dout_tiles, ds_tile, dquery_tile,
-            lse_tiles, delta_tiles, ints_tiles,
+            shift_tiles, drop_tiles, ints_tiles,
         ) = memory  # fmt: skip
         (
             fixed_here, query_here, dout_here, ints_here, query_free, dout_free,
@@ -103,15 +103,15 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             fetch_queries(
                 shape,
                 (batch, key_head, mask_row, tile, seen, visited),
-                (query_ref, dout_ref, lse_ref, delta_ref, order_ref, query_ints),
-                (query_tiles, dout_tiles, lse_tiles, delta_tiles, ints_tiles),
+                (query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints),
+                (query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles),
                 (query_here, dout_here, ints_here, query_free, dout_free),
             )
 
         def probabilities(scores, slot, key_integers):
             """`p^T`, from an accumulator of scores that nothing else runs behind but one."""
-            lse = load(lse_tiles.at[slot], layout=COLUMN)
-            p = jnp.exp2((scores + lax.broadcast_in_dim(lse, scores.shape, [1])) * factor)
+            shift = load(shift_tiles.at[slot], layout=COLUMN)
+            p = jnp.exp2((scores + lax.broadcast_in_dim(shift, scores.shape, [1])) * factor)
             if key_integers is None:
                 return p
             plgpu.barrier_wait(ints_here.at[slot])
@@ -160,9 +160,9 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                         plgpu.barrier_wait(dout_here.at[slot])
                         core.multiply(dp_acc, value_tile, dout, transpose_b=True)
                         p = probabilities(core.read(s_acc, running=1), slot, key_integers)
-                        delta = load(delta_tiles.at[slot], layout=COLUMN)
+                        drop = load(drop_tiles.at[slot], layout=COLUMN)
                         dp = core.read(dp_acc)
-                        return p * (dp + lax.broadcast_in_dim(delta, dp.shape, [1]))
+                        return p * (dp + lax.broadcast_in_dim(drop, dp.shape, [1]))
 
                     ds = core.zeros(scores, (ROWS, queries), (ROWS, queries)).astype(shape.dtype)
                     plgpu.barrier_arrive(dout_free.at[slot])

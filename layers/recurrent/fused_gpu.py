@@ -64,6 +64,9 @@ def solve(
     Args:
       segments: parts of time that run at once; None chooses from the shape.
       interpret: passed to the kernel, for tests without a GPU.
+
+    Raises:
+      NotImplementedError: several segments were asked for where writing in place is not safe.
     """
     states, final, _ = _solve(cell, u, weights, initial, reset, False, segments, interpret)
     return states, final
@@ -87,8 +90,11 @@ def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret
     width, n = u.shape[-1], cell.states
     u, weights, wide, keep = _padded(u, weights, initial, reset)
     shape = _shape(u, keep is not None, segments)
-    if segments is None and shape.segments > 1 and (reason := in_place.unsafe()) is not None:
-        _say_once(reason)  # segments are corrected in place
+    # Segments are corrected in place.
+    if shape.segments > 1 and interpret is None and (reason := in_place.unsafe()) is not None:
+        if segments is not None:
+            raise NotImplementedError(f"fused recurrence in {segments} segments: {reason}")
+        _say_once(reason)
         shape = _shape(u, keep is not None, 1)
     arrays = (u, weights, *wide, *(() if keep is None else (keep,)))
     run = functools.partial(forward, cell, shape, interpret=interpret)

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from tests.house.tree import ROOT, parse, python_files
@@ -129,9 +128,13 @@ def test_scripts_let_kernels_write_in_place(monkeypatch):
 
     cli = load("cli")
     assert cli.XLA_FLAG == in_place.FLAG
+    assert in_place.FLAG in (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    monkeypatch.setattr(cli, "version", lambda _: "0.11.2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert "may lose" in in_place.unsafe()
-    assert cli.call(lambda: 0) == cli.call(lambda: 0) == 0
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=somewhere {in_place.FLAG}"
-    assert in_place.unsafe() is None
+    for _ in range(2):
+        cli.allow_writing_in_place()
+        assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=somewhere {in_place.FLAG}"
+    monkeypatch.setattr(cli, "version", lambda _: "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    cli.allow_writing_in_place()
+    assert os.environ["XLA_FLAGS"] == ""

@@ -20,6 +20,7 @@ def test_speed_and_report(script, tmp_path, monkeypatch, capsys):
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     # The tag, the index and its colon are the decoder's; the last tokens are no step's input.
     assert row["new tokens"] == 2 * (4 + 3) and row["steps"] == 4
+    assert row["side by side / one by one"] > 0
     assert row["side by side ms"] > 0 and row["one by one ms"] > 0 and row["short"] < 1e-3
     (page,) = tmp_path.glob("branches_*.md")
     assert "| paths | tokens |" in page.read_text()
@@ -37,7 +38,7 @@ def test_no_speed_for_paths_that_see_each_other(script, monkeypatch, capsys):
     monkeypatch.setattr(Draft, "structure", leaking)
     assert call(script, *SMALL, "--tokens", 12) == 1
     row = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert "falls short" in row["failed"] and "ratio" not in row
+    assert "falls short" in row["failed"] and "one by one ms" not in row
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_no_speed_for_paths_that_see_each_other(script, monkeypatch, capsys):
         (["--model", "pararnn-tiny-gru"], "no cache for branches"),
         (["--paths", "1"], "--paths"),
         (["--tokens", "0"], "--tokens"),
+        (["--paths", "30", "--tokens", "100"], "--paths 30, --tokens 100 and --prompt 5 are"),
     ],
 )
 def test_bad_options(script, extra, message, capsys):

@@ -116,15 +116,29 @@ def test_tables_report_and_json(script, tmp_path, capsys):
     assert json.loads(text.split("```json\n")[1].split("\n```")[0])["left out"] == 0
 
 
+OVER = "--shapes --layers --scan --methods shooting --cells lstm --devices".split()
+
+
 @pytest.mark.devices(8)
 def test_time_over_all_devices(script, capsys):
-    options = "--shapes --layers --scan --devices 1x16x64 1x16x60 --methods shooting"
-    assert script.main([*options.split(), "--cells", "lstm"]) == 1
+    assert script.main([*OVER, "1x16x64"]) == 0
     out = capsys.readouterr().out
-    right, wrong = rows_in(out)
-    assert right["error"] < 1e-6 and right["gradient error"] < 1e-6
-    assert right["both speedup"] > 0 and "| lstm | 1 | 16 | 64 | float32 | shooting |" in out
-    assert "60" in wrong["failed"] and "all devices both ms" not in wrong
+    (row,) = rows_in(out)
+    assert row["error"] < 1e-6 and row["gradient error"] < 1e-6 and row["devices"] == 8
+    assert row["both speedup"] > 0 and "| lstm | 1 | 16 | 64 | float32 | shooting | 8 |" in out
+
+
+@pytest.mark.devices(8)
+def test_no_speed_where_time_is_not_split(script, monkeypatch, capsys):
+    import recurrent_devices
+
+    monkeypatch.setattr(
+        recurrent_devices, "mesh", lambda count, mesh=recurrent_devices.mesh: mesh(1)
+    )
+    assert script.main([*OVER, "1x16x64"]) == 1
+    (row,) = rows_in(capsys.readouterr().out)
+    assert "h lies on 1 devices, expected 8" in row["failed"] and "both speedup" not in row
+    assert not [name for name in row if name.endswith(" ms")]
 
 
 @pytest.mark.parametrize("wrong", ["state", "gradient"])
@@ -172,6 +186,7 @@ def test_what_does_not_fit_is_skipped_with_its_size(script, rows, monkeypatch, c
     [
         ("--methods best", "--methods 'best' is unknown; expected some of auto, scan"),
         ("--lengths 0", "--lengths 0 is too small"),
+        ("--devices 1x16x60", "--devices: T 60 does not divide over 8 devices"),
         ("--layers 2x12x8", "width 12 is not divisible by 8 heads"),
         ("--rival nowhere", "no *parallel_reduce_cuda*.so in it"),
     ],

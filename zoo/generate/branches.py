@@ -130,10 +130,10 @@ def _steps(model, writer, tokens, depth, sampling):
     graph, state = nnx.split(model)
     capacity = -(-(tokens + PADDING) // _ROUND) * _ROUND
     cache = _empty_cache(graph, capacity, depth, state)
-    step = _step_of(graph, sampling)
+    step = _step_of(graph)
     yield writer.draft
     while writer.draft.finish is None:
-        tokens, cache = step(state, cache, *writer.ask())
+        tokens, cache = step(sampling, state, cache, *writer.ask())
         writer.answer(np.asarray(tokens).tolist())
         yield writer.draft
 
@@ -144,12 +144,15 @@ def _empty_cache(graph, capacity, depth, state):
 
 
 @functools.lru_cache(maxsize=8)
-def _step_of(graph, sampling):
-    """The step of a model. To hash its graph at every step would take the host as long as some
-    steps take the device."""
+def _step_of(graph):
+    """The step of a model, compiled once for each of the last eight models.
 
-    @functools.partial(jax.jit, donate_argnums=(1,))
-    def step(state, cache, entries, rows, keys, count):
+    Cached, since hashing the graph at every step takes the host as long as some steps take the
+    device.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+    def step(sampling, state, cache, entries, rows, keys, count):
         """Appends tokens to the cache and chooses the next one of every strand.
 
         Args:

@@ -86,13 +86,13 @@ def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
     capacity = _round_up(tokens.shape[1] + max_new_tokens)
     keys = row_keys(seed, len(prompts))
     token, cache = _prefill(graph, capacity, sampling, state, tokens, positions, keys)
-    following = _step_of(graph, sampling)
+    advance = _step_of(graph)
     running = [True] * len(prompts)
     for step in range(1, max_new_tokens + 1):
         ready = token
         if step < max_new_tokens:  # dispatched before this step is read: host and device overlap
             position = lengths + (step - 1)
-            token, cache = following(state, ready, position, cache, keys, step)
+            token, cache = advance(sampling, state, ready, position, cache, keys, step)
         out = [int(t) if on else None for t, on in zip(np.asarray(ready), running, strict=True)]
         yield out
         running = [on and t not in stops for on, t in zip(running, out, strict=True)]
@@ -109,12 +109,15 @@ def _prefill(graph, capacity, sampling, state, tokens, positions, keys):
 
 
 @functools.lru_cache(maxsize=8)
-def _step_of(graph, sampling):
-    """The step of a model. To hash its graph at every step would take the host as long as some
-    steps take the device."""
+def _step_of(graph):
+    """The step of a model, compiled once for each of the last eight models.
 
-    @functools.partial(jax.jit, donate_argnums=(3,))
-    def step(state, token, position, cache, keys, number):
+    Cached, since hashing the graph at every step takes the host as long as some steps take the
+    device.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(4,))
+    def step(sampling, state, token, position, cache, keys, number):
         model = nnx.merge(graph, state)
         features, cache = model.extend(token[:, None], cache, positions=position[:, None])
         return _next(model, features, keys, number, sampling), cache

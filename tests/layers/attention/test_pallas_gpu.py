@@ -153,26 +153,3 @@ def test_on_hopper(kind, width, length, dtype):
     wide = [x.astype(jnp.float32) for x in given]
     want = jax.jit(functools.partial(everything, reference.attend, mask, scale))(*wide)
     check(got, want, 1e-2 if dtype == jnp.bfloat16 else 2e-3)
-
-
-@pytest.mark.gpu
-def test_gradients_through_a_scan_over_layers():
-    """Where XLA stacks and slices what the kernels read and write."""
-    query, key, value, dout, _ = draw((2, 512, 512, 4, 2, 64), jnp.bfloat16)
-    if reason := pallas_gpu.unsupported(query, key, None):
-        pytest.skip(reason)
-    stacked = [jnp.stack([x, x[::-1], -x]) for x in (query, key, value)]
-
-    def total(attend, *stacked):
-        def layer(carry, given):
-            return carry, attend(*given, masks.Causal(), 0.1)[0]
-
-        return jax.lax.scan(layer, 0, stacked)[1]
-
-    def run(attend, *stacked):
-        out, pull = jax.vjp(functools.partial(total, attend), *stacked)
-        return out, *pull(jnp.stack([dout] * 3).astype(out.dtype))
-
-    got = jax.jit(functools.partial(run, pallas_gpu.attend))(*stacked)
-    wide = [x.astype(jnp.float32) for x in stacked]
-    check(got, jax.jit(functools.partial(run, reference.attend))(*wide), 5e-3)

@@ -13,7 +13,6 @@ from hackle.zoo.dense import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
 from hackle.zoo.generate import Limits, branches, generate, generate_branches, stream_branches
 from hackle.zoo.generate.draft import Fork, walk
-from hackle.zoo.generate.sampling import Sampling
 from tests.zoo.generate.branching import (
     COLONS,
     DIGITS,
@@ -149,7 +148,7 @@ def test_what_the_decoder_writes(finished):
 def test_few_programs_are_compiled(drafts):
     assert len(drafts) > 10
     model, prompt, draft = drafts[0]
-    step = branches._step_of(nnx.split(model)[0], Sampling())
+    step = branches._step_of(nnx.split(model)[0])
     before = step._cache_size()
     assert 0 < before <= 16
     assert decode(model, prompt).tokens == draft.tokens
