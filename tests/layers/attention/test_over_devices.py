@@ -75,7 +75,8 @@ def test_each_device_runs_its_own(key_heads, tensor, monkeypatch):
         with jax.set_mesh(mesh(data=2, fsdp=2, tensor=2)), axis_rules(rules):
             got = grads("pallas_tpu", mask)
         for x, y in zip(got, want, strict=True):
-            np.testing.assert_allclose(x, y, atol=2e-6)
+            # Sums over heads come in another order on several devices: last bits of 20.
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=2e-6)
     assert set(given) == {((1, length, 2, 8), (1, length, 1, 8))}
 
 
