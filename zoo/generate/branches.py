@@ -17,7 +17,7 @@ from flax import nnx
 from hackle.layers.causal_decoder import CausalDecoder
 from hackle.layers.multiverse import MAX_DEPTH, BranchStructure, Tags
 from hackle.zoo.errors import UserError
-from hackle.zoo.generate.decode import check_request, stop_ids
+from hackle.zoo.generate.decode import check_request, per_graph, stop_ids
 from hackle.zoo.generate.draft import Draft
 from hackle.zoo.generate.sampling import Sampling, row_keys, sample
 from hackle.zoo.generate.writer import PADDING, Limits, Writer
@@ -143,29 +143,21 @@ def _empty_cache(graph, capacity, depth, state):
     return nnx.merge(graph, state).init_cache(1, capacity, branch_depth=depth)
 
 
-@functools.lru_cache(maxsize=8)
-def _step_of(graph):
-    """The step of a model, compiled once for each of the last eight models.
+def _step(graph, sampling, state, cache, entries, rows, keys, count):
+    """Appends tokens to the cache and chooses the next one of every strand.
 
-    Cached, since hashing the graph at every step takes the host as long as some steps take the
-    device.
+    Args:
+      entries: int32 `[2 + 2 depth, W]`: token, position, blocks, paths; padding at the end.
+      rows: int32 `[2, R]`: the entry behind which a strand goes on, and how far it has come.
+      keys: `[R]`.
+      count: int32, how many entries are no padding.
     """
+    model = nnx.merge(graph, state)
+    block, path = jnp.split(entries[2:], 2)
+    branches = BranchStructure(block[None], path[None], entries[1][None])  # type: ignore[arg-type]
+    features, cache = model.extend(entries[0][None], cache, branches=branches)
+    cache = cache.forget(entries.shape[1] - count)
+    return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
 
-    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
-    def step(sampling, state, cache, entries, rows, keys, count):
-        """Appends tokens to the cache and chooses the next one of every strand.
 
-        Args:
-          entries: int32 `[2 + 2 depth, W]`: token, position, blocks, paths; padding at the end.
-          rows: int32 `[2, R]`: the entry behind which a strand goes on, and how far it has come.
-          keys: `[R]`.
-          count: int32, how many entries are no padding.
-        """
-        model = nnx.merge(graph, state)
-        block, path = jnp.split(entries[2:], 2)
-        branches = BranchStructure(block[None], path[None], entries[1][None])  # type: ignore[arg-type]
-        features, cache = model.extend(entries[0][None], cache, branches=branches)
-        cache = cache.forget(entries.shape[1] - count)
-        return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
-
-    return step
+_step_of = per_graph(_step, donate=2)

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,21 +109,31 @@ def _prefill(graph, capacity, sampling, state, tokens, positions, keys):
     return _next(model, features, keys, jnp.zeros((), jnp.int32), sampling), cache
 
 
-@functools.lru_cache(maxsize=8)
-def _step_of(graph):
-    """The step of a model, compiled once for each of the last eight models.
+def per_graph(step: Callable[..., Any], *, donate: int) -> Callable[[Any], Callable[..., Any]]:
+    """Of `step(graph, sampling, state, ...)`, a function of the graph that gives the rest, jitted.
 
-    Cached, since hashing the graph at every step takes the host as long as some steps take the
-    device.
+    Cached for the last eight graphs, since hashing one at every step takes the host as long as
+    some steps take the device.
+
+    Args:
+      donate: which argument behind the graph may be overwritten.
     """
 
-    @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(4,))
-    def step(sampling, state, token, position, cache, keys, number):
-        model = nnx.merge(graph, state)
-        features, cache = model.extend(token[:, None], cache, positions=position[:, None])
-        return _next(model, features, keys, number, sampling), cache
+    @functools.lru_cache(maxsize=8)
+    def of(graph):
+        rest = functools.partial(step, graph)
+        return jax.jit(rest, static_argnums=(0,), donate_argnums=(donate,))
 
-    return step
+    return of
+
+
+def _step(graph, sampling, state, token, position, cache, keys, number):
+    model = nnx.merge(graph, state)
+    features, cache = model.extend(token[:, None], cache, positions=position[:, None])
+    return _next(model, features, keys, number, sampling), cache
+
+
+_step_of = per_graph(_step, donate=4)
 
 
 def _next(model, features, keys, step, sampling):

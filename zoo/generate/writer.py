@@ -120,7 +120,7 @@ class Writer:
         self._guard(lambda: self._follow(text, int(prompt[-1])))
 
     def ask(self) -> tuple[np.ndarray, np.ndarray, jax.Array, np.int32]:
-        """What the cache lacks, and where strands go on; the last arguments of a step."""
+        """What the cache lacks, and where strands go on; the last arguments of `branches._step`."""
         depth, ends = self.limits.depth, []
         entries: list[tuple[int, Place]] = []
         for strand in self.live:
