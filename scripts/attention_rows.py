@@ -5,16 +5,14 @@ with float32 attention of those rows alone; backward, cotangents are zero but at
 all gradients of keys and values can be compared too, at any length.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from recurrent_rows import seconds
+from recurrent_rows import compile_each, seconds
 
 KINDS = ("causal", "branch", "quarter", "packed")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -264,19 +262,6 @@ def temporary(program) -> int | None:
 
 
 def compile_ahead(cases: list[Case]) -> Programs:
-    """Compiles what `our_row` of these will run, many at a time.
-
-    What cannot be compiled is left out: its row does it again, and reports why not.
-    """
+    """Compiles what `our_row` of these will run; see `compile_each`."""
     ours = [case for case in cases if not case.implementation.startswith("torch")]
-    programs: Programs = {}
-    with ThreadPoolExecutor() as pool:
-        started = {}
-        for job in [(case, what) for case in ours for what in PRODUCTS]:
-            with contextlib.suppress(Exception):
-                # Lowered here: to lower kernels in several threads at once has crashed.
-                started[job] = pool.submit(lowered(*job).compile)
-        for job, program in started.items():
-            with contextlib.suppress(Exception):
-                programs[job] = program.result()
-    return programs
+    return compile_each([(case, what) for case in ours for what in PRODUCTS], lowered)

@@ -173,16 +173,26 @@ def lowered(case: Case, what: str):
 
 
 def compile_ahead(cases: list[Case], backward: bool) -> Programs:
-    """Compiles what `recurrence_row` of these will run, many at a time.
+    """Compiles what `recurrence_row` of these will run; see `compile_each`."""
+
+    def checked(case: Case, what: str):
+        require(case, what)
+        return lowered(case, what)
+
+    whats = ("forward", "backward")[: 1 + backward]
+    return compile_each([(case, what) for case in cases for what in whats], checked)
+
+
+def compile_each(jobs: list[tuple[Any, str]], lowered: Callable[..., Any]) -> dict[Any, Any]:
+    """What `lowered(*job)` compiles to, by job, many at a time.
 
     What cannot be compiled is left out: its row does it again, and reports why not.
     """
-    programs: Programs = {}
+    programs = {}
     with ThreadPoolExecutor() as pool:
         started = {}
-        for job in [(c, what) for c in cases for what in ("forward", "backward")[: 1 + backward]]:
+        for job in jobs:
             with contextlib.suppress(Exception):
-                require(*job)
                 # Lowered here: to lower kernels in several threads at once has crashed.
                 started[job] = pool.submit(lowered(*job).compile)
         for job, program in started.items():
