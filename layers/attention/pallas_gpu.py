@@ -102,6 +102,10 @@ def _states(shape: Shape, integers: tuple[jax.Array, jax.Array]) -> jax.Array:
     return tile_mask.tile_states(mask, shape.queries, shape.keys)
 
 
+def _plan(states: jax.Array) -> tile_mask.Plan:
+    return tile_mask.longest_first(tile_mask.plan(states))
+
+
 def _sized(shape: Shape, tiles: _Tiles) -> Shape:
     return shape._replace(queries=tiles.queries, keys=tiles.keys, stages=tiles.stages)
 
@@ -127,7 +131,7 @@ def _attend_backward(shape, queries, scale, interpret, saved, cotangents):
 
 def _forward(scale, interpret, shape, query, key, value, query_ints, key_ints):
     shape = _sized(shape, _FORWARD[shape.width])
-    plan = tile_mask.plan(_states(shape, (query_ints, key_ints)))
+    plan = _plan(_states(shape, (query_ints, key_ints)))
     kernel = forward(shape, scale, interpret=interpret)
     return tuple(kernel(query, key, value, *plan, query_ints, key_ints))
 
@@ -136,7 +140,7 @@ def _backward(
     queries, scale, interpret, shape, query, key, value, out, lse, dout, dlse, query_ints, key_ints
 ):
     shape = _sized(shape, _BACKWARD[shape.width])
-    plan = tile_mask.plan(jnp.swapaxes(_states(shape, (query_ints, key_ints)), 1, 2))
+    plan = _plan(jnp.swapaxes(_states(shape, (query_ints, key_ints)), 1, 2))
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # never TF32
     delta = jnp.swapaxes(delta, 1, 2) - dlse
     # A query that is not there, or sees nothing, has no probabilities: e^(s - inf) = 0.

@@ -45,9 +45,9 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     Returns:
       A function of `(query, key, value, dout, shift [B,H,L], drop [B,H,L], order, counts, query
-      integers, key integers, dquery Ref)`: float32, the shift -inf where nothing is seen; a plan
-      for tiles of keys; and float32 `[B,L,H,E]`, to which `dq / scale` is added. It gives dk and
-      dv, as the key.
+      integers, key integers, dquery Ref)`: float32, the shift -inf where nothing is seen; a
+      plan for tiles of keys, `longest_first`; and float32 `[B,L,H,E]`, to which `dq / scale` is
+      added. It gives dk and dv, as the key.
     """
     core = TensorCore(interpret is not None)
     program, stages, width = shape.program, shape.stages, shape.width
@@ -96,11 +96,10 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             shift_tiles, drop_tiles, ints_tiles,
         ) = memory  # fmt: skip
         fixed_here, query_here, dout_here, ints_here, query_free, dout_free, ds_here = barriers
-        key_head, batch, tile = (lax.axis_index(name) for name in ("head", "batch", "tile"))
+        key_head, batch, entry = (lax.axis_index(name) for name in ("head", "batch", "entry"))
         me = lax.axis_index("warpgroup")
         mask_row = batch if order_ref.shape[0] > 1 else 0
-        seen = counts_ref[mask_row, tile, 0]
-        visited = counts_ref[mask_row, tile, 1]
+        seen, visited, tile = (counts_ref[mask_row, entry, i] for i in range(3))
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))
 
         each = functools.partial(every_head, shape, key_head)
@@ -116,7 +115,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
             fetch_queries(
                 shape,
-                (batch, key_head, mask_row, tile, seen, visited),
+                (batch, key_head, mask_row, entry, seen, visited),
                 (query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints),
                 (query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles),
                 (query_here, dout_here, ints_here, query_free, dout_free),
@@ -133,7 +132,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
                 slot = slot_of(count)
                 query, dout = query_tiles.at[slot], dout_tiles.at[slot]
                 ds_buffer = ds_tiles.at[lax.rem(count, jnp.int32(2))]
-                here = order_ref[mask_row, tile, i] * queries
+                here = order_ref[mask_row, entry, i] * queries
 
                 def gradients(dk, dv):
                     def scores(s_acc, dp_acc):
@@ -221,12 +220,11 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     key_heads = shape.heads // shape.group
     out = jax.ShapeDtypeStruct((shape.batch, shape.key_length, key_heads, width), shape.dtype)
-    # Early keys are seen by the most queries: they go first. The last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=(out, out),
         grid=(tiles, shape.batch, key_heads),
-        grid_names=("tile", "batch", "head"),
+        grid_names=("entry", "batch", "head"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=PARAMS,
@@ -250,19 +248,19 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
     """What the warpgroup that fetches does for a tile of keys: all queries that see it, in turn.
 
     Args:
-      place: batch, key head, row of the mask and tile of the program; what its tile visits.
+      place: batch, key head, row of the mask and entry of the plan; what its tile visits.
       arrays: in global memory.
       tiles: `shape.stages` of each array in shared memory.
       barriers: of what has arrived, and of what is free again.
     """
-    batch, key_head, mask_row, tile, seen, visited = place
+    batch, key_head, mask_row, entry, seen, visited = place
     query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints = arrays
     query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles = tiles
     query_here, dout_here, ints_here, query_free, dout_free = barriers
     queries, stages = shape.queries, shape.stages
 
     def other(i):
-        return order_ref[mask_row, tile, jnp.minimum(i, order_ref.shape[2] - 1)]
+        return order_ref[mask_row, entry, jnp.minimum(i, order_ref.shape[2] - 1)]
 
     def step(first, last, head, i, count, current, mixed=False):
         slot = lax.rem(count, jnp.int32(stages))

@@ -86,11 +86,10 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             fixed_here, query_here, dout_here, ints_here, query_free, dout_free,
             ds_here, ds_free, fixed_free,
         ) = barriers  # fmt: skip
-        key_head, batch, tile = (lax.axis_index(name) for name in ("head", "batch", "tile"))
+        key_head, batch, entry = (lax.axis_index(name) for name in ("head", "batch", "entry"))
         me = lax.axis_index("warpgroup")
         mask_row = batch if order_ref.shape[0] > 1 else 0
-        seen = counts_ref[mask_row, tile, 0]
-        visited = counts_ref[mask_row, tile, 1]
+        seen, visited, tile = (counts_ref[mask_row, entry, i] for i in range(3))
         rows = pl.ds(tile * ROWS, ROWS)
         each = functools.partial(every_head, shape, key_head)
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))
@@ -102,7 +101,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             plgpu.copy_gmem_to_smem(value_ref.at[batch, rows, key_head], value_tile, fixed_here)
             fetch_queries(
                 shape,
-                (batch, key_head, mask_row, tile, seen, visited),
+                (batch, key_head, mask_row, entry, seen, visited),
                 (query_ref, dout_ref, shift_ref, drop_ref, order_ref, query_ints),
                 (query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles),
                 (query_here, dout_here, ints_here, query_free, dout_free),
@@ -188,7 +187,7 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
             def step(head, i, count, dv, key_integers=None):
                 slot = slot_of(count)
                 query, dout = query_tiles.at[slot], dout_tiles.at[slot]
-                here = pl.ds(order_ref[mask_row, tile, i] * queries, queries)
+                here = pl.ds(order_ref[mask_row, entry, i] * queries, queries)
 
                 def gradient(acc):
                     def scores(s_acc):
@@ -224,12 +223,11 @@ def backward(shape: Shape, scale: float, *, interpret: Any = None):
 
     key_heads = shape.heads // shape.group
     out = jax.ShapeDtypeStruct((shape.batch, shape.key_length, key_heads, width), shape.dtype)
-    # Early keys are seen by the most queries: they go first. The last axis is the fastest.
     return plgpu.kernel(
         body,
         out_type=(out, out),
         grid=(tiles, shape.batch, key_heads),
-        grid_names=("tile", "batch", "head"),
+        grid_names=("entry", "batch", "head"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=PARAMS,

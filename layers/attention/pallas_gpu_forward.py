@@ -44,8 +44,8 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
 
     Returns:
       A function of `(query [B,L,H,E], key [B,S,K,E], value [B,S,K,E], order, counts, query
-      integers, key integers)`, the last four as in `tile_mask`. It gives the output, as the query,
-      and the log-sum-exp, `[B,H,L]` float32. Lengths are whole tiles.
+      integers, key integers)`, the last four as in `tile_mask`, the plan `longest_first`. It gives
+      the output, as the query, and the log-sum-exp, `[B,H,L]` float32. Lengths are whole tiles.
     """
     core = TensorCore(interpret is not None)
     program, stages, keys, width = shape.program, shape.stages, shape.keys, shape.width
@@ -89,12 +89,10 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
         query_tile, key_tiles, value_tiles, lse_tile, ints_tiles = memory
         query_here, key_here, value_here, ints_here, key_free, value_free, turn = barriers
         head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        # Late queries see the most keys: they go first, so that the last to end are short.
-        tile = tiles - 1 - lax.axis_index("tile")
+        entry = lax.axis_index("entry")
         me = lax.axis_index("warpgroup")
         mask_row = batch if order_ref.shape[0] > 1 else 0
-        seen = counts_ref[mask_row, tile, 0]
-        visited = counts_ref[mask_row, tile, 1]
+        seen, visited, tile = (counts_ref[mask_row, entry, i] for i in range(3))
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))
 
         @pl.when(me == COMPUTE)
@@ -105,7 +103,7 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
             def step(i, other):
                 slot = slot_of(i)
                 rows = pl.ds(other * keys, keys)
-                later = order_ref[mask_row, tile, jnp.minimum(i + 1, order_ref.shape[2] - 1)]
+                later = order_ref[mask_row, entry, jnp.minimum(i + 1, order_ref.shape[2] - 1)]
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(key_free.at[slot]))
                 here = key_here.at[slot]
                 plgpu.copy_gmem_to_smem(key_ref.at[batch, rows, key_head], key_tiles.at[slot], here)
@@ -122,7 +120,7 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
                 )
                 return later
 
-            lax.fori_loop(0, visited, step, order_ref[mask_row, tile, 0])
+            lax.fori_loop(0, visited, step, order_ref[mask_row, entry, 0])
             drain(visited, stages, key_free, value_free)
 
         @pl.when(me < COMPUTE)
@@ -222,7 +220,7 @@ def forward(shape: Shape, scale: float, *, interpret: Any = None):
             jax.ShapeDtypeStruct((size[0], size[2], size[1]), jnp.float32),
         ),
         grid=(tiles, shape.batch, shape.heads),
-        grid_names=("tile", "batch", "head"),
+        grid_names=("entry", "batch", "head"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=PARAMS,

@@ -238,13 +238,18 @@ def tile_states(mask: TileMask, query_size: int, key_size: int) -> jax.Array:
 
 def plan(states: jax.Array) -> Plan:
     """From states `[B or 1, tiles, other tiles]`, what each tile visits."""
-    seen, mixed = states == VISIBLE, states == MIXED
-    count = jnp.sum(seen, axis=-1, keepdims=True, dtype=jnp.int32)
-    both = count + jnp.sum(mixed, axis=-1, keepdims=True, dtype=jnp.int32)
-    rank_seen = jnp.cumsum(seen, axis=-1, dtype=jnp.int32) - 1
-    rank_mixed = count + jnp.cumsum(mixed, axis=-1, dtype=jnp.int32) - 1
     others = states.shape[-1]
-    place = jnp.where(seen, rank_seen, jnp.where(mixed, rank_mixed, others))
-    row, tile, other = (jax.lax.broadcasted_iota(jnp.int32, states.shape, i) for i in range(3))
-    order = jnp.zeros(states.shape, jnp.int32).at[row, tile, place].set(other, mode="drop")
-    return Plan(order, jnp.concatenate([count, both], axis=-1))
+    counts = [jnp.sum(states >= least, axis=-1, dtype=jnp.int32) for least in (VISIBLE, MIXED)]
+    # Larger states first, each in the order of its tiles.
+    rank = (VISIBLE - states) * others + jnp.arange(others, dtype=jnp.int32)
+    return Plan(jnp.sort(rank, axis=-1) % others, jnp.stack(counts, axis=-1))
+
+
+def longest_first(plan: Plan) -> Plan:
+    """The plan of the tiles that visit most first; counts are followed by which tile it is.
+
+    Programs that start late are then short, and end with the others.
+    """
+    tiles = jnp.argsort(-plan.counts[..., 1], axis=-1, stable=True).astype(jnp.int32)[..., None]
+    order, counts = (jnp.take_along_axis(x, tiles, axis=1) for x in plan)
+    return Plan(order, jnp.concatenate([counts, tiles], axis=-1))

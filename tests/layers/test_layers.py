@@ -50,6 +50,23 @@ def test_gated_mlp_is_its_equation():
     np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), expected, atol=1e-7)
 
 
+def test_gradients_of_a_token_add_up_in_float32():
+    """300 of them, of which a bfloat16 sum would lose all after the 256th."""
+    table = layers.Embedding(5, 3, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(table)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+    tokens = jnp.asarray([3] * 300 + [1, -1, 5])  # the last two are no rows
+
+    def loss(state):
+        rows = nnx.merge(graph, state)(tokens)
+        return jnp.nansum(rows.astype(jnp.float32) * 2.0)
+
+    (gradient,) = jax.tree.leaves(jax.grad(loss)(half))
+    assert gradient.dtype == jnp.bfloat16
+    want = np.asarray([0, 2, 0, 600, 0])[:, None].repeat(3, 1)
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32), want)
+
+
 def test_embedding_both_ways_and_out_of_range():
     table = layers.Embedding(5, 3, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(

@@ -45,6 +45,14 @@ def check(mask, queries, keys, padded, sizes=(TILE, TILE)):
         np.testing.assert_array_equal(listed[:seen], np.flatnonzero(states[row, tile] == VISIBLE))
         np.testing.assert_array_equal(listed[seen:both], np.flatnonzero(states[row, tile] == MIXED))
         assert (listed >= 0).all() and (listed < states.shape[2]).all()  # read ahead, not visited
+
+    first = tile_mask.longest_first(tile_mask.Plan(jnp.asarray(order), jnp.asarray(counts)))
+    assert (np.diff(first.counts[..., 1], axis=1) <= 0).all()
+    for row, entry in np.ndindex(states.shape[:2]):
+        *visits, tile = np.asarray(first.counts)[row, entry]
+        np.testing.assert_array_equal(visits, counts[row, tile])
+        np.testing.assert_array_equal(first.order[row, entry], order[row, tile])
+    assert (np.sort(first.counts[..., 2], axis=1) == np.arange(rows)).all()
     return states
 
 
