@@ -88,6 +88,20 @@ class BranchState:
     def depth(self) -> int:
         return len(self._blocks)
 
+    @property
+    def place(self) -> Place:
+        """Of the next token, where that is text."""
+        # The published layout leaves what follows `</Path>` outside of all paths of its block.
+        outside = self.layout == "published" and self.last == PATH_END
+        return self._place(self._blocks[: len(self._blocks) - outside])
+
+    def _place(self, inside: list[_Block]) -> Place:
+        return Place(
+            tuple(block.number for block in inside),
+            tuple(block.path for block in inside),
+            self.position,
+        )
+
     def feed(self, token: int) -> Place:
         """Reads one token.
 
@@ -98,17 +112,11 @@ class BranchState:
         symbol = grammar.symbols_of(self.tags).get(token)
         if symbol is None:
             self.text.append(token)
+            place = self.place
         else:
             self._check(symbol)
             self._enter(symbol)
-        # The published layout leaves what follows `</Path>` outside of all paths of its block.
-        outside = self.layout == "published" and symbol is None and self.last == PATH_END
-        inside = self._blocks[: len(self._blocks) - outside]
-        place = Place(
-            tuple(block.number for block in inside),
-            tuple(block.path for block in inside),
-            self.position,
-        )
+            place = self._place(self._blocks)
         self.index += 1
         self.position += 1
         if symbol is not None:

@@ -24,6 +24,9 @@ from hackle.zoo.generate.writer import PADDING, Limits, Writer
 
 # The cache is rounded up to this, so that few lengths are compiled.
 _ROUND = 256
+_NOTHING = -1  # for a token
+# Tokens of a strand that the model may write before the host looks at them.
+_ALONE = 8
 
 
 def generate_branches(
@@ -128,14 +131,21 @@ def stream_branches(
 
 def _steps(model, writer, tokens, depth, sampling):
     graph, state = nnx.split(model)
+    special = jnp.asarray(writer.special)
     capacity = -(-(tokens + PADDING) // _ROUND) * _ROUND
     cache = _empty_cache(graph, capacity, depth, state)
-    step = _step_of(graph)
+    step, go_on = _step_of(graph), _go_on_of(graph)
     yield writer.draft
     while writer.draft.finish is None:
-        tokens, cache = step(sampling, state, cache, *writer.ask())
-        writer.answer(np.asarray(tokens).tolist())
-        yield writer.draft
+        entries, rows, keys, count = writer.ask()
+        tokens, cache = step(sampling, state, cache, entries, rows, keys, count)
+        places, most = writer.alone()
+        turns, cache = go_on(sampling, state, cache, tokens, places, rows[1], keys, special, most)
+        for turn in np.asarray(turns).tolist():
+            if turn[0] == _NOTHING or writer.draft.finish is not None:
+                break
+            writer.answer(turn)
+            yield writer.draft
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -160,4 +170,43 @@ def _step(graph, sampling, state, cache, entries, rows, keys, count):
     return sample(model.logits(features[0, rows[0]]), keys, rows[1], sampling), cache
 
 
+def _go_on(graph, sampling, state, cache, tokens, places, far, keys, special, most):
+    """Gives the model what it chose, until that is a token for the host to look at.
+
+    Args:
+      tokens: int32 `[R]`, chosen by `_step`.
+      places: int32 `[1 + 2 depth, R]`: their position, blocks, paths; position -1 is padding.
+      far: int32 `[R]`: how far the strands had come.
+      special: int32 `[S]`, tokens behind which the host decides.
+      most: int32, how often the model may be given tokens, at most `_ALONE` times.
+
+    Returns:
+      int32 `[_ALONE + 1, R]`: `tokens`, what was chosen after them, then `_NOTHING`.
+    """
+    model = nnx.merge(graph, state)
+    there = places[0] >= 0
+    padding = jnp.sum(~there, dtype=jnp.int32)
+    block, path = (ids[None] for ids in jnp.split(places[1:], 2))
+    most = jnp.minimum(most, _ALONE)
+
+    def foreseen(carry):
+        turn, tokens, *_ = carry
+        return (turn < most) & ~jnp.any(jnp.isin(tokens, special) & there)
+
+    def go(carry):
+        turn, tokens, turns, cache = carry
+        position = jnp.where(there, places[0] + turn, -1)[None]
+        branches = BranchStructure(block, path, position)  # type: ignore[arg-type]
+        features, cache = model.extend(tokens[None], cache, branches=branches)
+        cache, turn = cache.forget(padding), turn + 1
+        tokens = sample(model.logits(features[0]), keys, far + turn, sampling)
+        return turn, tokens, turns.at[turn].set(tokens), cache
+
+    turns = jnp.full((_ALONE + 1, tokens.shape[0]), _NOTHING, jnp.int32).at[0].set(tokens)
+    start = (jnp.zeros((), jnp.int32), tokens, turns, cache)
+    *_, turns, cache = jax.lax.while_loop(foreseen, go, start)
+    return turns, cache
+
+
 _step_of = per_graph(_step, donate=2)
+_go_on_of = per_graph(_go_on, donate=2)

@@ -77,7 +77,9 @@ class Writer:
     """Forks and joins strands as the tokens say that the model chooses for them.
 
     In turns: `ask` says what the model is to be given, `answer` takes what it chose, until the
-    draft is finished.
+    draft is finished. While the model chooses no token of `special`, what it is given next is
+    what it chose, at the places that `alone` says: it may then go on by itself, and `answer` takes
+    one turn after the other.
 
     Args:
       prompt: token ids; they are the first that `ask` gives.
@@ -89,6 +91,7 @@ class Writer:
     Attributes:
       draft: what has been written.
       live: the strands that the model goes on with.
+      special: tags and stops.
 
     Raises:
       UserError: the prompt breaks the grammar.
@@ -106,6 +109,7 @@ class Writer:
         key: jax.Array,
     ):
         self.tags, self.limits, self.index_end, self.stops = tags, limits, index_end, stops
+        self.special = np.array(sorted({*symbols_of(tags), *stops}), np.int32)
         reader = BranchState(tags, max_depth=limits.depth)
         try:
             waiting = [(int(token), reader.feed(token)) for token in prompt]
@@ -121,19 +125,14 @@ class Writer:
 
     def ask(self) -> tuple[np.ndarray, np.ndarray, jax.Array, np.int32]:
         """What the cache lacks, and where strands go on; the last arguments of `branches._step`."""
-        depth, ends = self.limits.depth, []
+        ends = []
         entries: list[tuple[int, Place]] = []
         for strand in self.live:
             entries += strand.waiting
-            strand.waiting = []
             ends.append(len(entries) - 1)
-        packed = np.zeros((2 + 2 * depth, _width(len(entries))), np.int32)
-        packed[1] = -1
-        for at, (token, place) in enumerate(entries):
-            inside = len(place.block)
-            packed[:2, at] = token, place.position
-            packed[2 : 2 + inside, at] = place.block
-            packed[2 + depth : 2 + depth + inside, at] = place.path
+        places = self._packed([place for _, place in entries])
+        tokens = np.zeros((1, places.shape[1]), np.int32)
+        tokens[0, : len(entries)] = [token for token, _ in entries]
         rows = np.zeros((2, _width(len(self.live))), np.int32)
         rows[0, : len(ends)] = ends
         rows[1, : len(ends)] = [s.reader.position - self.draft.start for s in self.live]
@@ -141,11 +140,33 @@ class Writer:
             keys = [strand.key for strand in self.live]
             padding = [keys[0]] * (rows.shape[1] - len(keys))
             self._keys = [*self.live], jnp.stack([*keys, *padding])
-        return packed, rows, self._keys[1], np.int32(len(entries))
+        return np.concatenate([tokens, places]), rows, self._keys[1], np.int32(len(entries))
+
+    def alone(self) -> tuple[np.ndarray, np.int32]:
+        """Where each strand's next token is, if it is text, int32 `[1 + 2 depth, R]`; and how many
+        tokens of each may be given to the model before a limit is reached."""
+        places = self._packed([strand.reader.place for strand in self.live])
+        left = (self.limits.tokens - self._total) // len(self.live)
+        return places, np.int32(max(left - 1, 0))
+
+    def _packed(self, places: Sequence[Place]) -> np.ndarray:
+        """Position, blocks and paths, int32 `[1 + 2 depth, W]`; padding at the end, at -1."""
+        depth = self.limits.depth
+        packed = np.zeros((1 + 2 * depth, _width(len(places))), np.int32)
+        packed[0] = -1
+        for at, place in enumerate(places):
+            inside = len(place.block)
+            packed[0, at] = place.position
+            packed[1 : 1 + inside, at] = place.block
+            packed[1 + depth : 1 + depth + inside, at] = place.path
+        return packed
 
     def answer(self, tokens: Sequence[int]) -> None:
-        """Takes the next token of every live strand; padding behind them is left out."""
+        """Takes the next token of every live strand, which has what waited; padding behind them
+        is left out."""
         self.draft.steps += 1
+        for strand in self.live:
+            strand.waiting = []
         pairs = [*zip(self.live, tokens, strict=False)]
 
         def take() -> None:
