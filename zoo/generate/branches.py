@@ -17,16 +17,13 @@ from flax import nnx
 from hackle.layers.causal_decoder import CausalDecoder
 from hackle.layers.multiverse import MAX_DEPTH, BranchStructure, Tags
 from hackle.zoo.errors import UserError
-from hackle.zoo.generate.decode import check_request, per_graph, stop_ids
+from hackle.zoo.generate.decode import ALONE, NOTHING, check_request, per_graph, stop_ids
 from hackle.zoo.generate.draft import Draft
 from hackle.zoo.generate.sampling import Sampling, row_keys, sample
 from hackle.zoo.generate.writer import PADDING, Limits, Writer
 
 # The cache is rounded up to this, so that few lengths are compiled.
 _ROUND = 256
-_NOTHING = -1  # for a token
-# Tokens of a strand that the model may write before the host looks at them.
-_ALONE = 8
 
 
 def generate_branches(
@@ -142,7 +139,7 @@ def _steps(model, writer, tokens, depth, sampling):
         places, most = writer.alone()
         turns, cache = go_on(sampling, state, cache, tokens, places, rows[1], keys, special, most)
         for turn in np.asarray(turns).tolist():
-            if turn[0] == _NOTHING or writer.draft.finish is not None:
+            if turn[0] == NOTHING or writer.draft.finish is not None:
                 break
             writer.answer(turn)
             yield writer.draft
@@ -178,16 +175,16 @@ def _go_on(graph, sampling, state, cache, tokens, places, far, keys, special, mo
       places: int32 `[1 + 2 depth, R]`: their position, blocks, paths; position -1 is padding.
       far: int32 `[R]`: how far the strands had come.
       special: int32 `[S]`, tokens behind which the host decides.
-      most: int32, how often the model may be given tokens, at most `_ALONE` times.
+      most: int32, how often the model may be given tokens, at most `ALONE` times.
 
     Returns:
-      int32 `[_ALONE + 1, R]`: `tokens`, what was chosen after them, then `_NOTHING`.
+      int32 `[ALONE + 1, R]`: `tokens`, what was chosen after them, then `NOTHING`.
     """
     model = nnx.merge(graph, state)
     there = places[0] >= 0
     padding = jnp.sum(~there, dtype=jnp.int32)
     block, path = (ids[None] for ids in jnp.split(places[1:], 2))
-    most = jnp.minimum(most, _ALONE)
+    most = jnp.minimum(most, ALONE)
 
     def foreseen(carry):
         turn, tokens, *_ = carry
@@ -202,7 +199,7 @@ def _go_on(graph, sampling, state, cache, tokens, places, far, keys, special, mo
         tokens = sample(model.logits(features[0]), keys, far + turn, sampling)
         return turn, tokens, turns.at[turn].set(tokens), cache
 
-    turns = jnp.full((_ALONE + 1, tokens.shape[0]), _NOTHING, jnp.int32).at[0].set(tokens)
+    turns = jnp.full((ALONE + 1, tokens.shape[0]), NOTHING, jnp.int32).at[0].set(tokens)
     start = (jnp.zeros((), jnp.int32), tokens, turns, cache)
     *_, turns, cache = jax.lax.while_loop(foreseen, go, start)
     return turns, cache

@@ -1,4 +1,4 @@
-"""Prefill, then one token a step: `generate` for lists, `stream` for a terminal."""
+"""Prefill, then token by token: `generate` for lists, `stream` for a terminal."""
 
 import functools
 import math
@@ -16,6 +16,9 @@ from hackle.zoo.generate.sampling import Sampling, row_keys, sample
 
 # Prompts and caches are rounded up to this, so that few lengths are compiled.
 _ROUND = 32
+# Turns that the model may take before the host looks at what it chose.
+ALONE = 8
+NOTHING = -1  # for a token
 
 
 def generate(
@@ -73,8 +76,9 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the new token of every row, or None for rows that have stopped.
 
-    The next step runs on the device while the caller looks at this one. Arguments and errors as
-    in `generate`; they are checked at the call, before anything is computed.
+    Steps come a few at a time, and the next ones run on the device while the caller looks at
+    these. Arguments and errors as in `generate`; they are checked at the call, before anything is
+    computed.
     """
     check_request(model, prompts, max_new_tokens)
     return _steps(model, prompts, max_new_tokens, sampling, seed, stop_ids(eos))
@@ -87,17 +91,24 @@ def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
     capacity = _round_up(tokens.shape[1] + max_new_tokens)
     keys = row_keys(seed, len(prompts))
     token, cache = _prefill(graph, capacity, sampling, state, tokens, positions, keys)
-    advance = _step_of(graph)
+    go_on, ends = _go_on_of(graph), jnp.asarray(sorted(stops), jnp.int32)
+    on = jnp.ones(len(prompts), bool)
+    turns, chosen = token[None], 1
     running = [True] * len(prompts)
-    for step in range(1, max_new_tokens + 1):
-        ready = token
-        if step < max_new_tokens:  # dispatched before this step is read: host and device overlap
-            position = lengths + (step - 1)
-            token, cache = advance(sampling, state, ready, position, cache, keys, step)
-        out = [int(t) if on else None for t, on in zip(np.asarray(ready), running, strict=True)]
-        yield out
-        running = [on and t not in stops for on, t in zip(running, out, strict=True)]
-        if not any(running):
+    while any(running):
+        ready = turns
+        most = min(ALONE, max_new_tokens - chosen)
+        if most:  # dispatched before these turns are read: host and device overlap
+            rest = lengths, keys, ends, np.int32(chosen), np.int32(most)
+            turns, token, on, cache = go_on(sampling, state, cache, token, on, *rest)
+            chosen += most
+        for turn in np.asarray(ready).tolist():
+            if turn[0] == NOTHING:
+                break
+            out = [t if runs else None for t, runs in zip(turn, running, strict=True)]
+            yield out
+            running = [runs and t not in stops for runs, t in zip(running, out, strict=True)]
+        if not most:
             return
 
 
@@ -127,13 +138,40 @@ def per_graph(step: Callable[..., Any], *, donate: int) -> Callable[[Any], Calla
     return of
 
 
-def _step(graph, sampling, state, token, position, cache, keys, number):
+def _go_on(graph, sampling, state, cache, token, on, lengths, keys, ends, number, most):
+    """Up to `most` more tokens a row, until all rows have stopped.
+
+    Args:
+      token: int32 `[B]`, the last of each row; `number` of them, int32, were chosen so far.
+      on: bool `[B]`, which rows had not stopped before it.
+      lengths: int32 `[B]`, of the prompts.
+      ends: int32 `[S]`, tokens that stop a row.
+      most: int32, up to `ALONE`.
+
+    Returns:
+      Tokens int32 `[ALONE, B]`, `NOTHING` behind them; the last ones, `on`, and the cache.
+    """
     model = nnx.merge(graph, state)
-    features, cache = model.extend(token[:, None], cache, positions=position[:, None])
-    return _next(model, features, keys, number, sampling), cache
+    still = lambda on, token: on & ~jnp.isin(token, ends)
+
+    def unfinished(carry):
+        turn, _, token, on, _ = carry
+        return (turn < most) & jnp.any(still(on, token))
+
+    def go(carry):
+        turn, turns, token, on, cache = carry
+        position, on = lengths + number + turn - 1, still(on, token)
+        features, cache = model.extend(token[:, None], cache, positions=position[:, None])
+        token = _next(model, features, keys, number + turn, sampling)
+        return turn + 1, turns.at[turn].set(token), token, on, cache
+
+    turns = jnp.full((ALONE, token.shape[0]), NOTHING, jnp.int32)
+    start = (jnp.zeros((), jnp.int32), turns, token, on, cache)
+    _, *found = jax.lax.while_loop(unfinished, go, start)
+    return tuple(found)
 
 
-_step_of = per_graph(_step, donate=4)
+_go_on_of = per_graph(_go_on, donate=2)
 
 
 def _next(model, features, keys, step, sampling):

@@ -123,7 +123,7 @@ def test_bad_requests_are_refused_before_compute(model, prompts, changes, messag
 def test_steps_do_not_recompile(model):
     from hackle.zoo.generate import decode
 
-    step = decode._step_of(nnx.split(model)[0])
+    step = decode._go_on_of(nnx.split(model)[0])
     programs = lambda: (step._cache_size(), decode._prefill._cache_size())
     generate(model, [[1, 2, 3]], max_new_tokens=5)
     before = programs()
