@@ -3,7 +3,8 @@
 XLA's dynamic-slice fusion, on by default there, moves a kernel next to the slice of a stacked array
 that it reads or writes, as in a `lax.scan` over layers. A kernel that updates an operand in place
 is moved as if it wrote all of its result: what it leaves as it was is then memory that nobody
-wrote. Later XLA leaves such kernels alone; which jaxlib has that is not known yet.
+wrote (`tests/layers/test_in_place.py` shows it). Later XLA leaves such kernels alone; which jaxlib
+has that is not known yet.
 """
 
 import os

@@ -47,7 +47,7 @@ SETUPS: dict[str, Setup] = {
     # The slowest by far, so that larger steps pay; it still rises where this schedule ends.
     "2-hop": Setup(
         Hops(hops=2, symbols=5),
-        training=Settings(train_rows=100_000, batch=64, learning_rate=1e-2, epochs=60),
+        training=Settings(train_rows=100_000, batch=64, learning_rate=1e-2, epochs=100),
     ),
     "cycle-navigation": Setup(CycleNavigation(), training=_UNBOUNDED),
     "modular-arithmetic": Setup(ModularArithmetic(), training=_UNBOUNDED),
