@@ -23,10 +23,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def allow_writing_in_place() -> None:
-    """Sets `XLA_FLAG` for this process, whose JAX must not have started, and those it starts."""
+    """Sets `XLA_FLAG` for this process, whose JAX must not have started, and those it starts.
+
+    A value that somebody chose stays; `hackle.layers.in_place` says what it means.
+    """
     flags = os.environ.get("XLA_FLAGS", "").split()
     affected = tuple(map(int, version("jax").split(".")[:2])) >= (0, 11)
-    if affected and XLA_FLAG not in flags:
+    name = XLA_FLAG.partition("=")[0]
+    if affected and not any(flag.partition("=")[0] == name for flag in flags):
         os.environ["XLA_FLAGS"] = " ".join([*flags, XLA_FLAG])
 
 

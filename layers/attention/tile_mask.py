@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     Attributes:
       order: int32 `[B or 1, tiles, other tiles]`; visible ones, mixed ones, then anything.
-      counts: int32 `[B or 1, tiles, 2]`; of the visible, and of both.
+      counts: int32 `[B or 1, tiles, 2]`; of the visible, and of both. `longest_first` adds a third.
     """
 
     order: jax.Array

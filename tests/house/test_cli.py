@@ -134,6 +134,10 @@ def test_scripts_let_kernels_write_in_place(monkeypatch):
     for _ in range(2):
         cli.allow_writing_in_place()
         assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=somewhere {in_place.FLAG}"
+    chosen = in_place.FLAG.replace("false", "true")
+    monkeypatch.setenv("XLA_FLAGS", chosen)
+    cli.allow_writing_in_place()
+    assert os.environ["XLA_FLAGS"] == chosen
     monkeypatch.setattr(cli, "version", lambda _: "0.10.2")
     monkeypatch.setenv("XLA_FLAGS", "")
     cli.allow_writing_in_place()

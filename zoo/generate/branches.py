@@ -106,6 +106,8 @@ def stream_branches(
 ) -> Iterator[Draft]:
     """Yields the draft as it begins and after every step: one object, finished when it comes last.
 
+    Steps come a few at a time.
+
     Arguments and errors as in `generate_branches`; they are checked at the call.
     """
     if not isinstance(model, CausalDecoder):

@@ -76,9 +76,8 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yields, step by step, the new token of every row, or None for rows that have stopped.
 
-    Steps come a few at a time, and the next ones run on the device while the caller looks at
-    these. Arguments and errors as in `generate`; they are checked at the call, before anything is
-    computed.
+    The first step comes alone, the others a few at a time. Arguments and errors as in `generate`;
+    they are checked at the call, before anything is computed.
     """
     check_request(model, prompts, max_new_tokens)
     return _steps(model, prompts, max_new_tokens, sampling, seed, stop_ids(eos))
@@ -95,21 +94,19 @@ def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
     on = jnp.ones(len(prompts), bool)
     turns, chosen = token[None], 1
     running = [True] * len(prompts)
-    while any(running):
-        ready = turns
-        most = min(ALONE, max_new_tokens - chosen)
-        if most:  # dispatched before these turns are read: host and device overlap
-            rest = lengths, keys, ends, np.int32(chosen), np.int32(most)
-            turns, token, on, cache = go_on(sampling, state, cache, token, on, *rest)
-            chosen += most
-        for turn in np.asarray(ready).tolist():
+    while True:
+        for turn in np.asarray(turns).tolist():
             if turn[0] == NOTHING:
                 break
             out = [t if runs else None for t, runs in zip(turn, running, strict=True)]
             yield out
             running = [runs and t not in stops for runs, t in zip(running, out, strict=True)]
-        if not most:
+        most = min(ALONE, max_new_tokens - chosen)
+        if not most or not any(running):
             return
+        rest = lengths, keys, ends, np.int32(chosen), np.int32(most)
+        turns, token, on, cache = go_on(sampling, state, cache, token, on, *rest)
+        chosen += most
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -31,7 +31,7 @@ class Draft:
     Attributes:
       parts: tokens and forks, in the order of the text.
       start: position of the first token.
-      steps: calls of the model, the prompt's included.
+      steps: turns of the model, the prompt's included.
       finish: why it ended; None while it is written. "stop": at a token that stops it. "length":
         a limit of tokens or positions was reached. "malformed": a tag broke the grammar, or the
         text stopped within a block; see `error`.

@@ -78,8 +78,8 @@ class Writer:
 
     In turns: `ask` says what the model is to be given, `answer` takes what it chose, until the
     draft is finished. While the model chooses no token of `special`, what it is given next is
-    what it chose, at the places that `alone` says: it may then go on by itself, and `answer` takes
-    one turn after the other.
+    what it chose, at the places that `alone` says before the first answer, and in each turn one
+    position further: it may then go on by itself, and `answer` takes one turn after the other.
 
     Args:
       prompt: token ids; they are the first that `ask` gives.
@@ -147,6 +147,7 @@ class Writer:
         tokens of each may be given to the model before a limit is reached."""
         places = self._packed([strand.reader.place for strand in self.live])
         left = (self.limits.tokens - self._total) // len(self.live)
+        left = min(left, self._end - max(strand.reader.position for strand in self.live))
         return places, np.int32(max(left - 1, 0))
 
     def _packed(self, places: Sequence[Place]) -> np.ndarray:

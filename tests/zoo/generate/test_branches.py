@@ -1,5 +1,6 @@
 """Decoding with forks and joins, against full forward passes with the strict mask."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,6 +13,7 @@ from hackle.layers.multiverse import BranchStructure, Tags, branch_structure
 from hackle.zoo.dense import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
 from hackle.zoo.generate import Limits, branches, generate, generate_branches, stream_branches
+from hackle.zoo.generate.decode import per_graph
 from hackle.zoo.generate.draft import Fork, walk
 from tests.zoo.generate.branching import (
     COLONS,
@@ -148,11 +150,25 @@ def test_what_the_decoder_writes(finished):
 def test_few_programs_are_compiled(drafts):
     assert len(drafts) > 10
     model, prompt, draft = drafts[0]
-    step = branches._step_of(nnx.split(model)[0])
-    before = step._cache_size()
-    assert 0 < before <= 16
+    graph = nnx.split(model)[0]
+    programs = lambda: [of(graph)._cache_size() for of in (branches._step_of, branches._go_on_of)]
+    before = programs()
+    assert 0 < before[0] <= 16 and 0 < before[1] <= 6  # by entries and strands; by strands
     assert decode(model, prompt).tokens == draft.tokens
-    assert step._cache_size() == before
+    assert programs() == before
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.8, "seed": 3}, {"max_critical_path": 40}, {"max_new_tokens": 37}]
+)
+def test_turns_on_the_device_are_those_of_the_host(drafts, how, monkeypatch):
+    """The model by itself, and asked token by token."""
+    model, prompt, _ = drafts[0]
+    alone = decode(model, prompt, **how)
+    monkeypatch.setattr(branches, "ALONE", 0)
+    monkeypatch.setattr(branches, "_go_on_of", per_graph(branches._go_on, donate=2))
+    asked = decode(model, prompt, **how)
+    assert alone.steps >= 5 and dataclasses.asdict(alone) == dataclasses.asdict(asked)
 
 
 def goal(*indices, newline=True):
