@@ -146,9 +146,9 @@ class Writer:
         """Where each strand's next token is, if it is text, int32 `[1 + 2 depth, R]`; and how many
         tokens of each may be given to the model before a limit is reached."""
         places = self._packed([strand.reader.place for strand in self.live])
-        left = (self.limits.tokens - self._total) // len(self.live)
-        left = min(left, self._end - max(strand.reader.position for strand in self.live))
-        return places, np.int32(max(left - 1, 0))
+        tokens = (self.limits.tokens - self._total) // len(self.live)
+        positions = self._end - max(strand.reader.position for strand in self.live)
+        return places, np.int32(max(min(tokens, positions) - 1, 0))
 
     def _packed(self, places: Sequence[Place]) -> np.ndarray:
         """Position, blocks and paths, int32 `[1 + 2 depth, W]`; padding at the end, at -1."""
