@@ -54,10 +54,12 @@ class Kind(abc.ABC):
     """A kind of problem; a frozen dataclass whose fields are its sizes.
 
     Attributes:
+      edition: raised when texts of the kind change, so that no run goes on with other ones.
       depth: blocks inside one another, at most.
     """
 
     name: ClassVar[str]
+    edition: ClassVar[int] = 1
     depth: int = 1
 
     @abc.abstractmethod

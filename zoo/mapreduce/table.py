@@ -12,10 +12,11 @@ ASKED = ("max", "min", "sum")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table(Kind):
-    """`table p: a12 b5; q: a3 b44; ask max b, sum q`: a path for each question.
+    """`table pa12 pb5; qa3 qb44; ask max b, sum q`: a path for each question.
 
     Lines and columns have names of one letter, so that "max b" is about a column and "sum q"
-    about a line. A path looks its numbers up first. The answer is the sum of all results.
+    about a line; a cell is named by both, as in a spreadsheet. A path looks its cells up first:
+    `max b: pb5 qb44`. The answer is the sum of all results.
 
     Attributes:
       lines, columns: of the table, at most; at least 2.
@@ -24,6 +25,7 @@ class Table(Kind):
     """
 
     name: ClassVar[str] = "table"
+    edition: ClassVar[int] = 2
     lines: int = 4
     columns: int = 4
     questions: int = 4
@@ -41,17 +43,17 @@ class Table(Kind):
         height, width = draw.between(2, self.lines), draw.between(2, self.columns)
         names = draw.shuffle(string.ascii_lowercase)
         columns, lines = names[:width], names[width : width + height]
-        cells = [[draw.between(0, self.largest) for _ in columns] for _ in lines]
-        ranks = dict(zip(lines, cells, strict=True))
-        ranks |= {name: [line[at] for line in cells] for at, name in enumerate(columns)}
-        wanted = [f"{what} {name}" for what in ASKED for name in ranks]
+        cells = {
+            line + column: draw.between(0, self.largest) for line in lines for column in columns
+        }
+        wanted = [f"{what} {name}" for what in ASKED for name in (*lines, *columns)]
         wanted = draw.shuffle(wanted)[: draw.between(2, self.questions)]
         rows = [
-            " ".join([f"{name}:", *map("{}{}".format, columns, line)])
-            for name, line in zip(lines, cells, strict=True)
+            " ".join(f"{name}{value}" for name, value in cells.items() if name[0] == line)
+            for line in lines
         ]
         prompt = f"table {'; '.join(rows)}; ask {', '.join(wanted)}\n"
-        solutions = [_answer(question, ranks) for question in wanted]
+        solutions = [_answer(question, cells) for question in wanted]
         conclusion, total = _sums([value for _, value in solutions])
         goals, paths = [f"{q}\n" for q in wanted], [lines for lines, _ in solutions]
         thoughts = block("", goals, paths, conclusion)
@@ -60,11 +62,9 @@ class Table(Kind):
     def solved_by(self, prompt: str, answer: str) -> bool:
         *lines, asked = prompt.strip().removeprefix("table ").split("; ")
         numbers: dict[str, list[int]] = {}
-        for line in lines:
-            name, cells = line.split(": ")
-            for cell in cells.split():
-                for of in (name, cell[0]):
-                    numbers.setdefault(of, []).append(int(cell[1:]))
+        for cell in " ".join(lines).split():
+            for name in cell[:2]:
+                numbers.setdefault(name, []).append(int(cell[2:]))
         total = 0
         for question in asked.removeprefix("ask ").split(", "):
             what, name = question.split()
@@ -73,16 +73,18 @@ class Table(Kind):
         return answer == str(total)
 
 
-def _answer(question: str, ranks: dict[str, list[int]]) -> tuple[str, int]:
+def _answer(question: str, cells: dict[str, int]) -> tuple[str, int]:
     """The lines of a path, and its result."""
     what, name = question.split()
-    numbers = ranks[name]
-    looked_up = f"{question}: {' '.join(map(str, numbers))}\n"
+    found = {cell: value for cell, value in cells.items() if name in cell}
+    looked_up = " ".join(f"{cell}{value}" for cell, value in found.items())
+    numbers = list(found.values())
     if what == "sum":
-        lines, total = _sums(numbers)
-        return looked_up + lines, total
-    value = max(numbers) if what == "max" else min(numbers)
-    return f"{looked_up}{value}\n", value
+        lines, value = _sums(numbers)
+    else:
+        value = max(numbers) if what == "max" else min(numbers)
+        lines = f"{value}\n"
+    return f"{question}: {looked_up}\n{lines}", value
 
 
 def _sums(values: list[int]) -> tuple[str, int]:

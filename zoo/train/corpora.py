@@ -193,7 +193,8 @@ class Problems(Corpus):
                 f"branch_depth={recipe.branch_depth}; {recipe.corpus} needs at least {depth}"
             )
         self.tokenizer_file = Path(recipe.data_dir).expanduser() / "mapreduce" / "tokenizer.json"
-        self.fingerprint = f"{self._kinds} {recipe.packing == BRANCHES}"
+        editions = [kind.edition for kind in self._kinds]
+        self.fingerprint = f"{self._kinds} {editions} {recipe.packing == BRANCHES}"
         form = "Multiverse's form" if recipe.packing == BRANCHES else "sequential form"
         names = ", ".join(kind.name for kind in self._kinds)
         self.description = f"data: generated problems in {form}: {names}"
