@@ -47,7 +47,7 @@ OPTIONS: dict[str, str] = {
         "--temperature --tokenizer --top-k --top-p"
     ),
     "scripts/mapreduce_accuracy.py": (
-        "--max-new-tokens --note --out --problems --recipe --report --runs --seconds --set"
+        "--max-new-tokens --note --out --problems --recipe --report --runs --seconds --seeds --set"
     ),
     "scripts/synthetic_tasks.py": (
         "--batch --check-every --epochs --held-out-rows --learning-rate --length --method --models "

@@ -39,17 +39,18 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     # No time at all: nothing is trained, and the same command goes on.
     assert call(script, *command, "--seconds", 0) == 0
     assert "stopped; the same command goes on" in capsys.readouterr().out
-    assert not (out / "parallel.jsonl").exists()
+    first = out / "seed-0"
+    assert not (first / "parallel.jsonl").exists()
     assert call(script, *command) == 0
     printed = capsys.readouterr().out
     assert "| all | parallel | 6 | 83.33 | 100 |" in printed
     assert "| all | sequential | 6 | 100 | 100 |" in printed
     assert "| table | parallel | 2 | 50 | 100 |" in printed
     assert "on 6 problems that both were given: -16.67 % (standard error 15.21)" in printed
-    assert len((out / "parallel.jsonl").read_text().splitlines()) == 6
+    assert len((first / "parallel.jsonl").read_text().splitlines()) == 6
 
     # The same runs in another folder, and a report.
-    again = ["--out", tmp_path / "again", "--runs", out / "parallel", out / "sequential"]
+    again = ["--out", tmp_path / "again", "--runs", first / "parallel", first / "sequential"]
     assert call(script, *again, "--problems", 6, "--report", "--note", "A note.") == 0
     (page,) = (tmp_path / "reports").glob("mapreduce_cpu_*.md")
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
@@ -60,15 +61,28 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     assert record["recipe"]["corpus"] == "mapreduce-easy"
     assert record["curves"][-1]["step"] == 2 and record["curves"][-1]["parallel loss"] > 0
 
-    swapped = ["--out", tmp_path / "again", "--runs", out / "sequential", out / "parallel"]
+    swapped = ["--out", tmp_path / "again", "--runs", first / "sequential", first / "parallel"]
     assert call(script, *swapped) == 2
     assert "expected generated problems with packing='branches'" in capsys.readouterr().err
+    assert call(script, *again, *again[2:]) == 2
+    assert "pairs of the seeds [0, 0]; expected another seed" in capsys.readouterr().err
+
+    # A second pair: the first is not trained again, and the table has both.
+    trained = (first / "parallel" / "summary.json").read_bytes()
+    assert call(script, *command, "--seeds", 2) == 0
+    printed = capsys.readouterr().out
+    assert "| all | parallel | 12 | 83.33 | 100 |" in printed
+    assert "| pair 2 | parallel | 6 | 83.33 | 100 |" in printed
+    assert "on 12 problems that both were given: -16.67 % (standard error 10.76)" in printed
+    assert len((out / "seed-1" / "sequential.jsonl").read_text().splitlines()) == 6
+    assert (first / "parallel" / "summary.json").read_bytes() == trained
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--problems", "0"], "problems=0; expected at least 1"),
+        (["--seeds", "0"], "seeds=0; expected at least 1"),
         (["--recipe", "multiverse-smal"], "unknown recipe 'multiverse-smal'; did you mean"),
         (["--runs", "a", "b"], "a holds no checkpoint of a run"),
         (["--set", "corpus=python"], "packing='branches'; expected one of documents, stream"),

@@ -96,7 +96,7 @@ class Outcome:
 
 
 def evaluate(
-    decoder: Decoder,
+    load: Callable[[], Decoder],
     kinds: Sequence[Kind],
     path: Path,
     *,
@@ -110,6 +110,7 @@ def evaluate(
     Every batch is added to the file when it is done, one line an outcome.
 
     Args:
+      load: gives the decoder; called when there is something to decode.
       kinds: of the set.
       path: JSONL; of the same model and set.
       tagged: whether the model writes tags.
@@ -127,6 +128,7 @@ def evaluate(
         if one.kind != kinds[one.index % len(kinds)].name:
             raise UserError(f"{path} holds outcomes of other problems; remove it")
     while len(found) < problems and time.monotonic() < until:
+        decoder = load()
         indices = range(len(found), min(len(found) + decoder.batch, problems))
         asked = [sets.problem(kinds, "validation", index) for index in indices]
         written = decoder([encode(one.prompt).tolist() for one in asked])
@@ -182,15 +184,19 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     }
 
 
-def difference(one: Sequence[Outcome], other: Sequence[Outcome]) -> tuple[int, float, float]:
-    """Accuracy of `one` less that of `other` on the problems that both have.
+def difference(
+    pairs: Iterable[tuple[Sequence[Outcome], Sequence[Outcome]]],
+) -> tuple[int, float, float]:
+    """Accuracy of the first of each pair less that of the second, on the problems that both have.
 
     Returns:
       How many those are; the difference in per cent, and its standard error, which problems that
       both solve or neither does not make larger.
     """
-    right: Mapping[int, bool] = {o.index: o.correct for o in other}
-    gaps = [o.correct - right[o.index] for o in one if o.index in right]
+    gaps = []
+    for one, other in pairs:
+        right: Mapping[int, bool] = {o.index: o.correct for o in other}
+        gaps += [o.correct - right[o.index] for o in one if o.index in right]
     count = len(gaps)
     if not count:
         return 0, math.nan, math.nan

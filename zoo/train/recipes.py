@@ -126,14 +126,14 @@ def multiverse_small() -> Recipe:
         },
         corpus="mapreduce",
         length=1024,
-        batch=64,
-        steps=5000,
+        batch=32,
+        steps=8000,
         learning_rate=1e-3,
         warmup=150,
         preset="h100x1",
         remat="none",
         workers=8,
-        eval_every=250,
+        eval_every=500,
         save_every=1000,
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ class Teacher:
 
 
 def solve(path, teacher, problems=10, **options):
-    return evaluate(teacher, KINDS, path, problems=problems, tagged=teacher.tagged, **options)
+    how = {"problems": problems, "tagged": teacher.tagged} | options
+    return evaluate(lambda: teacher, KINDS, path, **how)
 
 
 @pytest.mark.parametrize("tagged", [True, False])
@@ -78,7 +79,7 @@ def test_what_is_done_is_kept_and_continued(tmp_path):
     # Nothing is begun once the time is over.
     assert len(solve(tmp_path / "p.jsonl", teacher, 10, until=time.monotonic() - 1)) == 0
     with pytest.raises(UserError, match="holds outcomes of other problems"):
-        evaluate(teacher, KINDS[::-1], path, problems=12, tagged=True)
+        evaluate(lambda: teacher, KINDS[::-1], path, problems=12, tagged=True)
     path.write_text("{}\n")
     with pytest.raises(UserError, match="holds no outcomes"):
         read_outcomes(path)
@@ -90,13 +91,16 @@ def test_the_difference_is_paired():
 
     rng = np.random.default_rng(0)
     one, other = rng.integers(0, 2, (2, 400))
-    count, mean, error = difference(outcomes(one), outcomes(other))
+    count, mean, error = difference([(outcomes(one), outcomes(other))])
     gaps = one - other
     assert count == 400 and mean == pytest.approx(100 * gaps.mean())
     assert error == pytest.approx(100 * gaps.std() / 20)
-    assert difference(outcomes(one), outcomes(one))[1:] == (0, 0)
-    assert difference(outcomes(one[:50]), outcomes(other))[0] == 50
-    assert difference([], outcomes(one))[0] == 0 and math.isnan(difference([], [])[1])
+    assert difference([(outcomes(one), outcomes(one))])[1:] == (0, 0)
+    assert difference([(outcomes(one[:50]), outcomes(other))])[0] == 50
+    assert difference([([], outcomes(one))])[0] == 0 and math.isnan(difference([])[1])
+    # Several pairs are one sample.
+    twice = difference([(outcomes(one), outcomes(other))] * 2)
+    assert twice[:2] == (2 * count, mean) and twice[2] == pytest.approx(error / math.sqrt(2))
 
 
 def test_a_branch_decoder_tells_the_index_of_a_path_and_counts_its_critical_path(monkeypatch):
