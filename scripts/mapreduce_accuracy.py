@@ -8,12 +8,13 @@ on where it stopped.
 
 import argparse
 import functools
+import json
 import logging
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from cli import run
 
 if TYPE_CHECKING:
     from hackle.zoo.mapreduce.evaluation import Outcome
-    from hackle.zoo.mapreduce.problem import Kind
 
 EXAMPLES = """examples:
   python scripts/mapreduce_accuracy.py --recipe multiverse-tiny --out runs/mapreduce-tiny
@@ -32,6 +32,8 @@ EXAMPLES = """examples:
 """
 
 MODELS = ("parallel", "sequential")
+PACKINGS = {"parallel": "branches", "sequential": "documents"}
+RECIPE = "multiverse-tiny"
 # Problems that one model solves before the other takes its turn.
 TURN = 48
 
@@ -41,14 +43,14 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--out", type=Path, required=True, help="folder of runs and outputs")
-    p.add_argument("--recipe", default="multiverse-tiny", help="of the first; default %(default)s")
+    p.add_argument("--recipe", help=f"of the parallel model; default {RECIPE}")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py")
-    p.add_argument("--seeds", type=int, default=1, help="pairs to train; default %(default)s")
+    p.add_argument("--seeds", type=int, help="pairs to train, from the recipe's seed on; default 1")
     p.add_argument(
         "--runs", type=Path, nargs=2, action="append", metavar=("PARALLEL", "SEQUENTIAL"),
         help="finished runs to take instead of training; once for every pair",
     )  # fmt: skip
-    p.add_argument("--problems", type=int, default=300, help="held out; default 300")
+    p.add_argument("--problems", type=int, default=300, help="held out, for each pair; default 300")
     p.add_argument("--max-new-tokens", type=int, default=1200, help="default %(default)s")
     p.add_argument("--seconds", type=float, help="stop after so long; default no limit")
     p.add_argument(
@@ -66,153 +68,111 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("hackle").setLevel(logging.INFO)
     for name in ("problems", "max_new_tokens", "seeds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name}={getattr(args, name)}; expected at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"{name}={value}; expected at least 1")
     if args.runs is None:
         pairs = train(args, until)
         if pairs is None:
             print("stopped; the same command goes on")
             return 0
     else:
-        pairs = [dict(zip(MODELS, folders, strict=True)) for folders in args.runs]
+        for name in ("recipe", "set", "seeds"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for training; expected none with --runs")
+        pairs = by_seed([dict(zip(MODELS, folders, strict=True)) for folders in args.runs])
     found = solve(args, pairs, until)
     table = rows(found)
     print(f"\n{report.table(table)}\n\n{gap(found)}")
-    if min(len(one) for pair in found for one in pair.values()) < args.problems:
+    if min(len(one) for pair in found.values() for one in pair.values()) < args.problems:
         print("stopped before all problems were solved; the same command goes on")
     if args.report:
         write_report(args, pairs, found, table)
     return 0
 
 
-# The run folders of a pair, and what its models wrote, by `MODELS`.
+# The run folders of a pair, and what its models wrote, by `MODELS`; pairs are known by their seed.
 Pair = dict[str, Path]
 Outcomes = dict[str, "list[Outcome]"]
 
 
-def train(args: argparse.Namespace, until: float) -> list[Pair] | None:
-    """Trains all pairs; None when it was stopped before."""
-    from hackle.zoo.train.loop import run as train_one
-    from hackle.zoo.train.recipes import recipe, sequential
-
-    first = recipe(args.recipe).set(args.set)
-    pairs = []
-    for seed in range(first.seed, first.seed + args.seeds):
-        one = first.replace(seed=seed)
-        pair = {name: args.out / place(seed) / name for name in MODELS}
-        for name, wanted in zip(MODELS, (one, sequential(one)), strict=True):
-            print(f"\n=== {name}, seed {seed} ===", flush=True)
-            left = until - time.monotonic()
-            done = train_one(wanted, pair[name], seconds=None if math.isinf(left) else left)
-            if not done.finished:
-                return None
-        pairs.append(pair)
-    return pairs
-
-
-def place(seed: int) -> str:
-    """The folder in OUT of the pair of a seed."""
-    return f"seed-{seed}"
-
-
-def solve(args: argparse.Namespace, pairs: list[Pair], until: float) -> list[Outcomes]:
-    """Lets both models of a pair solve problems in turns, so that both have had the same ones."""
-    from hackle.zoo.mapreduce import kinds_of
-    from hackle.zoo.train.report import Progress
-
-    recipes = [trained_on(pair) for pair in pairs]
-    require_seeds(pairs, recipes)
-    kinds = kinds_of(recipes[0]["corpus"])
-    progress = Progress(0, len(pairs) * len(MODELS) * args.problems)
-    found: list[Outcomes] = [{name: [] for name in MODELS} for _ in pairs]
-
-    def tell(pair: Outcomes, name: str, done: "list[Outcome]") -> None:
-        pair[name] = done
-        right = (f"{n} {sum(o.correct for o in pair[n])}/{len(pair[n])}" for n in MODELS)
-        progress.update(sum(len(x) for p in found for x in p.values()), ", ".join(right))
-
-    for folders, one, outcomes in zip(pairs, recipes, found, strict=True):
-        solve_pair(args, folders, args.out / place(one["seed"]), kinds, until, outcomes, tell)
-    progress.close()
-    return found
-
-
-def solve_pair(
-    args: argparse.Namespace,
-    folders: Pair,
-    out: Path,
-    kinds: "Sequence[Kind]",
-    until: float,
-    found: Outcomes,
-    tell: Callable[[Outcomes, str, "list[Outcome]"], None],
-) -> None:
-    """Fills `found` from what is in `out` and, where that is too little, by the models."""
-    from hackle.zoo.mapreduce import evaluation
-    from hackle.zoo.train.checkpoint import load_model
-
-    @functools.cache
-    def decoder(name: str) -> evaluation.Decoder:
-        model = load_model(folders[name])
-        return evaluation.DECODERS[name](model, max_new_tokens=args.max_new_tokens)
-
-    for turn in range(TURN, args.problems + TURN, TURN):
-        for name in MODELS:
-            found[name] = evaluation.evaluate(
-                functools.partial(decoder, name),
-                kinds,
-                out / f"{name}.jsonl",
-                problems=min(turn, args.problems),
-                tagged=name == "parallel",
-                until=until,
-                tell=functools.partial(tell, found, name),
-            )
-
-
-def trained_on(pair: Pair) -> dict[str, Any]:
-    """The recipe that both of a pair have in common.
+def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
+    """Trains all pairs; None when it was stopped before.
 
     Raises:
-      UserError: they are no such pair.
+      UserError: the recipe is of no model that branches on generated problems.
     """
     from hackle.zoo.errors import UserError
     from hackle.zoo.mapreduce import SETS
+    from hackle.zoo.train.loop import run as train_one
+    from hackle.zoo.train.recipes import recipe, sequential
 
-    recipes = {name: recipe_of(folder) for name, folder in pair.items()}
-    expected = {"parallel": "branches", "sequential": "documents"}
-    for name, one in recipes.items():
-        if one["corpus"] not in SETS or one["packing"] != expected[name]:
+    first = recipe(args.recipe or RECIPE).set(args.set)
+    if first.corpus not in SETS or first.packing != PACKINGS["parallel"]:
+        raise UserError(
+            f"corpus={first.corpus!r} with packing={first.packing!r}; "
+            f"expected one of {', '.join(SETS)} with packing={PACKINGS['parallel']!r}"
+        )
+    pairs = {}
+    for seed in range(first.seed, first.seed + (args.seeds or 1)):
+        one = first.replace(seed=seed)
+        pairs[seed] = {name: args.out / f"seed-{seed}" / name for name in MODELS}
+        for name, wanted in zip(MODELS, (one, sequential(one)), strict=True):
+            print(f"\n=== {name}, seed {seed} ===", flush=True)
+            left = until - time.monotonic()
+            done = train_one(wanted, pairs[seed][name], seconds=None if math.isinf(left) else left)
+            if not done.finished:
+                return None
+    return pairs
+
+
+def by_seed(pairs: list[Pair]) -> dict[int, Pair]:
+    """Pairs by the seed of their recipe.
+
+    Raises:
+      UserError: two that are no pair, or pairs that differ in more than their seeds.
+    """
+    from hackle.zoo.errors import UserError
+
+    found: dict[int, Pair] = {}
+    for pair in pairs:
+        require_pair(pair)
+        seed = recipe_of(pair["parallel"])["seed"]
+        if seed in found:
+            raise UserError(f"--runs: two pairs of seed {seed}; expected another seed for each")
+        found[seed] = pair
+        require_same(pairs[0]["parallel"], pair["parallel"], but="seed")
+    return found
+
+
+def require_pair(pair: Pair) -> None:
+    """Raises UserError unless two runs are twins, trained on the problems that there are now."""
+    from hackle.zoo.errors import UserError
+    from hackle.zoo.mapreduce import SETS, fingerprint
+
+    for name, folder in pair.items():
+        one = recipe_of(folder)
+        if one["corpus"] not in SETS or one["packing"] != PACKINGS[name]:
             raise UserError(
-                f"{pair[name]}: corpus={one['corpus']!r} with packing={one['packing']!r}; "
-                f"expected generated problems with packing={expected[name]!r}"
+                f"{folder}: corpus={one['corpus']!r} with packing={one['packing']!r}; "
+                f"expected generated problems with packing={PACKINGS[name]!r}"
             )
-    require_same(pair, recipes, but="packing")
-    return recipes["parallel"]
+        if identity(folder)["data"] != fingerprint(SETS[one["corpus"]], tagged=name == "parallel"):
+            raise UserError(f"{folder}: trained on problems of another release; train it anew")
+    require_same(*pair.values(), but="packing")
 
 
-def require_seeds(pairs: list[Pair], recipes: list[dict[str, Any]]) -> None:
-    """Raises UserError unless pairs differ in their seeds, and in nothing else."""
+def require_same(one: Path, other: Path, *, but: str) -> None:
+    """Raises UserError where the recipes of two runs differ in more than `but` and their place."""
     from hackle.zoo.errors import UserError
 
-    for pair, one in zip(pairs[1:], recipes[1:], strict=True):
-        both = {"first": pairs[0]["parallel"], "other": pair["parallel"]}
-        require_same(both, {"first": recipes[0], "other": one}, but="seed")
-    seeds = [one["seed"] for one in recipes]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--runs: pairs of the seeds {seeds}; expected another seed for each")
-
-
-def require_same(folders: Pair, recipes: dict[str, dict[str, Any]], *, but: str) -> None:
-    """Raises UserError where two recipes differ in more than `but` and where they ran."""
-    from hackle.zoo.errors import UserError
-
-    one, other = recipes.values()
-    found = {key for key, value in one.items() if other[key] != value}
+    a, b = recipe_of(one), recipe_of(other)
+    found = {key for key in a | b if a.get(key) != b.get(key)}
     if found := found - {but, "workers", "data_dir", "attention"}:
-        raise UserError(f"{' and '.join(map(str, folders.values()))} differ in {sorted(found)}")
+        raise UserError(f"{one} and {other} differ in {sorted(found)}")
 
 
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe of a run folder, as JSON has it."""
+def identity(folder: Path) -> dict[str, Any]:
+    """What a run folder holds, as JSON has it: recipe, model and data."""
     from hackle.zoo.errors import UserError
     from hackle.zoo.train.checkpoint import RunFolder
 
@@ -220,36 +180,106 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     step = run.latest()
     if step is None:
         raise UserError(f"{folder} holds no checkpoint of a run")
-    return run.identity(step)["recipe"]
+    return run.identity(step)
 
 
-def rows(found: list[Outcomes]) -> list[dict[str, Any]]:
-    """The table: each model on all problems, on those of every kind, and of every pair."""
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of a run folder, as JSON has it."""
+    return identity(folder)["recipe"]
+
+
+def solve(args: argparse.Namespace, pairs: dict[int, Pair], until: float) -> dict[int, Outcomes]:
+    """Lets both models of a pair solve problems in turns, so that both have had the same ones."""
+    from hackle.zoo.train.report import Progress
+
+    found: dict[int, Outcomes] = {seed: {name: [] for name in MODELS} for seed in pairs}
+    progress = Progress(0, len(pairs) * len(MODELS) * args.problems)
+
+    def tell(seed: int, name: str, done: "list[Outcome]") -> None:
+        found[seed][name] = done
+        right = (f"{n} {sum(o.correct for o in x)}/{len(x)}" for n, x in found[seed].items())
+        count = sum(len(x) for pair in found.values() for x in pair.values())
+        progress.update(count, f"seed {seed}: {', '.join(right)}")
+
+    for seed, pair in pairs.items():
+        solve_pair(args, pair, args.out / f"seed-{seed}", until, functools.partial(tell, seed))
+    progress.close()
+    return found
+
+
+def solve_pair(
+    args: argparse.Namespace,
+    pair: Pair,
+    out: Path,
+    until: float,
+    tell: Callable[[str, "list[Outcome]"], None],
+) -> None:
+    """Goes on with what is in `out`; a model is loaded when it is asked."""
+    from hackle.zoo.mapreduce import evaluation, kinds_of
+    from hackle.zoo.train.checkpoint import load_model
+
+    @functools.cache
+    def decoder(name: str) -> evaluation.Decoder:
+        model = load_model(pair[name])
+        return evaluation.DECODERS[name](model, max_new_tokens=args.max_new_tokens)
+
+    require_asked(args, pair, out)
+    kinds = kinds_of(recipe_of(pair["parallel"])["corpus"])
+    for turn in range(TURN, args.problems + TURN, TURN):
+        for name in MODELS:
+            done = evaluation.evaluate(
+                functools.partial(decoder, name),
+                kinds,
+                out / f"{name}.jsonl",
+                problems=min(turn, args.problems),
+                tagged=name == "parallel",
+                until=until,
+                tell=functools.partial(tell, name),
+            )
+            tell(name, done)
+
+
+def require_asked(args: argparse.Namespace, pair: Pair, out: Path) -> None:
+    """Raises UserError where `out` holds outcomes of other runs; else says whose they will be."""
+    from hackle.zoo.errors import UserError
+
+    asked = {name: identity(folder) for name, folder in pair.items()}
+    text = json.dumps(asked | {"max_new_tokens": args.max_new_tokens}, indent=1) + "\n"
+    path = out / "asked.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{out} holds outcomes of other runs or limits; choose another --out")
+
+
+def rows(found: dict[int, Outcomes]) -> list[dict[str, Any]]:
+    """The table: each model on all problems, on those of every kind, and of every seed."""
     from hackle.zoo.mapreduce.evaluation import summary
 
-    every = {name: [one for pair in found for one in pair[name]] for name in MODELS}
-    table = []
-    for kind in ["all", *dict.fromkeys(one.kind for name in MODELS for one in every[name])]:
-        for name in MODELS:
-            these = [one for one in every[name] if kind in ("all", one.kind)]
-            table.append({"problems of": kind, "model": name, **summary(these)})
+    every = {name: [one for pair in found.values() for one in pair[name]] for name in MODELS}
+    parts = {"all": every}
+    for kind in dict.fromkeys(one.kind for name in MODELS for one in every[name]):
+        parts[kind] = {n: [one for one in x if one.kind == kind] for n, x in every.items()}
     if len(found) > 1:
-        for number, pair in enumerate(found, 1):
-            for name in MODELS:
-                table.append(
-                    {"problems of": f"pair {number}", "model": name, **summary(pair[name])}
-                )
-    return table
+        parts |= {f"seed {seed}": pair for seed, pair in found.items()}
+    return [
+        {"problems of": part, "model": name, **summary(some)}
+        for part, outcomes in parts.items()
+        for name, some in outcomes.items()
+    ]
 
 
-def gap(found: list[Outcomes]) -> str:
+def gap(found: dict[int, Outcomes]) -> str:
     """The difference in accuracy, in words."""
     from hackle.zoo.mapreduce.evaluation import difference
 
-    count, mean, error = difference([(pair["parallel"], pair["sequential"]) for pair in found])
+    pairs = [(pair["parallel"], pair["sequential"]) for pair in found.values()]
+    count, mean, error = difference(pairs)
+    several = ", means over the seeds," * (len(pairs) > 1)
     return (
-        f"Accuracy of the parallel model less that of its twin, on {count} problems that both "
-        f"were given: {mean:+.2f} % (standard error {error:.2f})."
+        f"Accuracy of the parallel model less that of its twin{several} on {count} problems that "
+        f"both were given: {mean:+.2f} % (standard error {error:.2f}, of the choice of problems)."
     )
 
 
@@ -259,14 +289,14 @@ def faults(found: "list[Outcome]") -> list[dict[str, Any]]:
     return [{"fault": fault, "outputs": count} for fault, count in counts.most_common(8)]
 
 
-def curves(pairs: list[Pair]) -> list[dict[str, Any]]:
-    """Validation over the training, means over the pairs: one row a check."""
+def curves(pairs: dict[int, Pair]) -> list[dict[str, Any]]:
+    """Validation over the training, means over the seeds: one row a check."""
     from hackle.zoo.train.report import read_metrics
 
     found: dict[int, dict[str, list[float]]] = {}
-    for pair in pairs:
-        for name in MODELS:
-            for entry in read_metrics(pair[name]):
+    for pair in pairs.values():
+        for name, folder in pair.items():
+            for entry in read_metrics(folder):
                 for what in ("loss", "accuracy"):
                     if (value := entry.get(f"validation_{what}")) is not None:
                         at = found.setdefault(entry["step"], {})
@@ -281,21 +311,21 @@ def curves(pairs: list[Pair]) -> list[dict[str, Any]]:
 
 def write_report(
     args: argparse.Namespace,
-    pairs: list[Pair],
-    found: list[Outcomes],
+    pairs: dict[int, Pair],
+    found: dict[int, Outcomes],
     table: list[dict[str, Any]],
 ) -> None:
     import jax
 
     from hackle.zoo.train.report import plot_losses
 
-    recipe = recipe_of(pairs[0]["parallel"])
-    written = [one for pair in found for one in pair["parallel"]]
+    recipe = recipe_of(next(iter(pairs.values()))["parallel"])
+    written = [one for pair in found.values() for one in pair["parallel"]]
     checks, wrong = curves(pairs), faults(written)
     example = next((one for one in written if one.correct), None)
-    several = f"{len(pairs)} pairs, each from other first weights and problems. " * (len(pairs) > 1)
+    several = f"{len(pairs)} pairs, each of other first weights and training problems. "
     text = (
-        f"{several}"
+        f"{several * (len(pairs) > 1)}"
         f"Model `{recipe['model']}` with {recipe['overrides']}, {recipe['steps']:,} steps of "
         f"{recipe['batch']} x {recipe['length']} tokens of `{recipe['corpus']}`. The parallel "
         "model is trained on problems in Multiverse's form with branches, its twin on the same "
@@ -318,12 +348,12 @@ def write_report(
         jax.devices()[0].device_kind,
         title="Multiverse and its sequential twin on generated problems",
         sections=sections,
-        record={"recipe": recipe, "pairs": len(pairs), "rows": table, "curves": checks},
+        record={"recipe": recipe, "seeds": list(pairs), "rows": table, "curves": checks},
     )
     labels = {
-        f"{name}{f' {number}' * (len(pairs) > 1)}": pair[name]
-        for number, pair in enumerate(pairs, 1)
-        for name in MODELS
+        f"{name}, seed {seed}" if len(pairs) > 1 else name: folder
+        for seed, pair in pairs.items()
+        for name, folder in pair.items()
     }
     plot = plot_losses(labels, path.with_suffix(".png"))
     print(f"report: {path}\nplot: {plot}")

@@ -46,7 +46,7 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     assert "| all | parallel | 6 | 83.33 | 100 |" in printed
     assert "| all | sequential | 6 | 100 | 100 |" in printed
     assert "| table | parallel | 2 | 50 | 100 |" in printed
-    assert "on 6 problems that both were given: -16.67 % (standard error 15.21)" in printed
+    assert "on 6 problems that both were given: -16.67 % (standard error 15.21" in printed
     assert len((first / "parallel.jsonl").read_text().splitlines()) == 6
 
     # The same runs in another folder, and a report.
@@ -65,15 +65,18 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     assert call(script, *swapped) == 2
     assert "expected generated problems with packing='branches'" in capsys.readouterr().err
     assert call(script, *again, *again[2:]) == 2
-    assert "pairs of the seeds [0, 0]; expected another seed" in capsys.readouterr().err
+    assert "two pairs of seed 0; expected another seed for each" in capsys.readouterr().err
+    # Outcomes are of one limit, and of these runs.
+    assert call(script, *again, "--max-new-tokens", 10) == 2
+    assert "holds outcomes of other runs or limits" in capsys.readouterr().err
 
     # A second pair: the first is not trained again, and the table has both.
     trained = (first / "parallel" / "summary.json").read_bytes()
     assert call(script, *command, "--seeds", 2) == 0
     printed = capsys.readouterr().out
     assert "| all | parallel | 12 | 83.33 | 100 |" in printed
-    assert "| pair 2 | parallel | 6 | 83.33 | 100 |" in printed
-    assert "on 12 problems that both were given: -16.67 % (standard error 10.76)" in printed
+    assert "| seed 1 | parallel | 6 | 83.33 | 100 |" in printed
+    assert "means over the seeds, on 6 problems that both were given: -16.67 % (" in printed
     assert len((out / "seed-1" / "sequential.jsonl").read_text().splitlines()) == 6
     assert (first / "parallel" / "summary.json").read_bytes() == trained
 
@@ -85,7 +88,16 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
         (["--seeds", "0"], "seeds=0; expected at least 1"),
         (["--recipe", "multiverse-smal"], "unknown recipe 'multiverse-smal'; did you mean"),
         (["--runs", "a", "b"], "a holds no checkpoint of a run"),
-        (["--set", "corpus=python"], "packing='branches'; expected one of documents, stream"),
+        (["--set", "corpus=python"], "corpus='python' with packing='branches'; expected one of ma"),
+        (
+            ["--recipe", "multiverse-tiny-sequential"],
+            "with packing='documents'; expected one of mapreduce, mapreduce-easy, ",
+        ),
+        (["--recipe", "multiverse-tiny", "--runs", "a", "b"], "--recipe is for training; expected"),
+        (
+            ["--seeds", "2", "--runs", "a", "b"],
+            "--seeds is for training; expected none with --runs",
+        ),
     ],
 )
 def test_bad_options_end_with_one_line(script, tmp_path, extra, message, capsys):

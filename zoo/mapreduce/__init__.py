@@ -13,7 +13,7 @@ from hackle.zoo.mapreduce.countdown import Countdown
 from hackle.zoo.mapreduce.form import Verdict, judge
 from hackle.zoo.mapreduce.problem import Kind, Problem
 from hackle.zoo.mapreduce.rows import ProblemRows
-from hackle.zoo.mapreduce.sets import SETS, kinds_of, problem
+from hackle.zoo.mapreduce.sets import SETS, fingerprint, kinds_of, problem
 from hackle.zoo.mapreduce.table import Table
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ProblemRows",
     "Table",
     "Verdict",
+    "fingerprint",
     "judge",
     "kinds_of",
     "problem",

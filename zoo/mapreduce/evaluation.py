@@ -110,7 +110,7 @@ def evaluate(
     Every batch is added to the file when it is done, one line an outcome.
 
     Args:
-      load: gives the decoder; called when there is something to decode.
+      load: gives the decoder; called once, if there is something to decode.
       kinds: of the set.
       path: JSONL; of the same model and set.
       tagged: whether the model writes tags.
@@ -127,8 +127,10 @@ def evaluate(
     for one in found:
         if one.kind != kinds[one.index % len(kinds)].name:
             raise UserError(f"{path} holds outcomes of other problems; remove it")
+    if len(found) == problems or time.monotonic() >= until:
+        return found
+    decoder = load()
     while len(found) < problems and time.monotonic() < until:
-        decoder = load()
         indices = range(len(found), min(len(found) + decoder.batch, problems))
         asked = [sets.problem(kinds, "validation", index) for index in indices]
         written = decoder([encode(one.prompt).tolist() for one in asked])
@@ -187,19 +189,23 @@ def summary(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 def difference(
     pairs: Iterable[tuple[Sequence[Outcome], Sequence[Outcome]]],
 ) -> tuple[int, float, float]:
-    """Accuracy of the first of each pair less that of the second, on the problems that both have.
+    """Accuracy of the first of each pair less that of the second, on problems that both have.
+
+    Pairs are given the same problems: what they make of one is averaged first.
 
     Returns:
-      How many those are; the difference in per cent, and its standard error, which problems that
-      both solve or neither does not make larger.
+      How many problems those are; the difference in per cent, and its standard error over the
+      choice of problems, which ones that both solve or neither does not make larger.
     """
-    gaps = []
+    gaps: dict[int, list[int]] = {}
     for one, other in pairs:
         right: Mapping[int, bool] = {o.index: o.correct for o in other}
-        gaps += [o.correct - right[o.index] for o in one if o.index in right]
-    count = len(gaps)
-    if not count:
+        for o in one:
+            if o.index in right:
+                gaps.setdefault(o.index, []).append(o.correct - right[o.index])
+    if not gaps:
         return 0, math.nan, math.nan
-    mean = sum(gaps) / count
-    variance = sum(gap * gap for gap in gaps) / count - mean**2
-    return count, 100 * mean, 100 * math.sqrt(max(variance, 0.0) / count)
+    each = [sum(some) / len(some) for some in gaps.values()]
+    mean = sum(each) / len(each)
+    variance = sum(gap * gap for gap in each) / len(each) - mean**2
+    return len(each), 100 * mean, 100 * math.sqrt(max(variance, 0.0) / len(each))

@@ -37,3 +37,8 @@ def kinds_of(name: str) -> tuple[Kind, ...]:
 def problem(kinds: Sequence[Kind], split: str, index: int, *, seed: int = 0) -> Problem:
     """Problem `index` of a set, whose kinds take turns; see `Kind.problem`."""
     return kinds[index % len(kinds)].problem(split, index, seed=seed)
+
+
+def fingerprint(kinds: Sequence[Kind], *, tagged: bool) -> str:
+    """Two runs with the same one are given the same texts."""
+    return f"{tuple(kinds)} {[kind.edition for kind in kinds]} {tagged}"

@@ -12,7 +12,7 @@ from hackle.layers.multiverse import Tags
 from hackle.zoo.data import PACKINGS, Packing, batches, prepare
 from hackle.zoo.data.pipeline import Batches, RowSource, iterate
 from hackle.zoo.errors import UserError
-from hackle.zoo.mapreduce import SETS, ProblemRows, alphabet, kinds_of
+from hackle.zoo.mapreduce import SETS, ProblemRows, alphabet, fingerprint, kinds_of
 from hackle.zoo.multiverse.conversations import ConversationRows, encode_file, staged_order
 from hackle.zoo.train.recipe import Recipe
 
@@ -193,8 +193,7 @@ class Problems(Corpus):
                 f"branch_depth={recipe.branch_depth}; {recipe.corpus} needs at least {depth}"
             )
         self.tokenizer_file = Path(recipe.data_dir).expanduser() / "mapreduce" / "tokenizer.json"
-        editions = [kind.edition for kind in self._kinds]
-        self.fingerprint = f"{self._kinds} {editions} {recipe.packing == BRANCHES}"
+        self.fingerprint = fingerprint(self._kinds, tagged=recipe.packing == BRANCHES)
         form = "Multiverse's form" if recipe.packing == BRANCHES else "sequential form"
         names = ", ".join(kind.name for kind in self._kinds)
         self.description = f"data: generated problems in {form}: {names}"

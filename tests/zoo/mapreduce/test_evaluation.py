@@ -98,9 +98,10 @@ def test_the_difference_is_paired():
     assert difference([(outcomes(one), outcomes(one))])[1:] == (0, 0)
     assert difference([(outcomes(one[:50]), outcomes(other))])[0] == 50
     assert difference([([], outcomes(one))])[0] == 0 and math.isnan(difference([])[1])
-    # Several pairs are one sample.
-    twice = difference([(outcomes(one), outcomes(other))] * 2)
-    assert twice[:2] == (2 * count, mean) and twice[2] == pytest.approx(error / math.sqrt(2))
+    # Several pairs are given the same problems, which are no more for that.
+    assert difference([(outcomes(one), outcomes(other))] * 2) == (count, mean, error)
+    there_and_back = [(outcomes(one), outcomes(other)), (outcomes(other), outcomes(one))]
+    assert difference(there_and_back) == (count, 0, 0)
 
 
 def test_a_branch_decoder_tells_the_index_of_a_path_and_counts_its_critical_path(monkeypatch):
