@@ -14,10 +14,13 @@ class Document(NamedTuple):
     Attributes:
       tokens: int [n], both.
       prompt: how many of them are the prompt, which is not trained.
+      given: bool [n], of what follows: tokens that are not the model's to write, and not trained
+        either. None: there are none.
     """
 
     tokens: np.ndarray
     prompt: int
+    given: np.ndarray | None = None
 
 
 def next_fit(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
@@ -58,5 +61,7 @@ def lay(rows: Sequence[Sequence[Document]], length: int) -> Batch:
             batch["positions"][here] = np.arange(stop - start)
             batch["segment_ids"][here] = number
             batch["loss_mask"][row, start + document.prompt : stop] = 1
+            if document.given is not None:
+                batch["loss_mask"][here][document.given[: stop - start]] = 0
             start = stop
     return batch

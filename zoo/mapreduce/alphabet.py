@@ -51,6 +51,20 @@ def decode(ids: Sequence[int] | np.ndarray) -> str:
     return "".join(chr(i) if 0 <= i < VOCAB_SIZE else "?" for i in ids)
 
 
+def given(ids: np.ndarray) -> np.ndarray:
+    """Bool `[n]`: the tokens of a trace that its decoder writes, and not the model.
+
+    They are the tags of paths with their indices, and of conclusions (`generate_branches`). The
+    paths of a block begin alike, and do not see each other: which index comes next cannot be known,
+    and to train it would only add noise.
+    """
+    found = ids == ord(CONCLUSION)
+    ends = np.append(np.flatnonzero(ids == INDEX_END[0]), len(ids))
+    for start in np.flatnonzero(ids == ord(PATH)):
+        found[start : ends[np.searchsorted(ends, start)] + 1] = True
+    return found
+
+
 def without_tags(text: str) -> str:
     """The text a model writes that knows no branches: the same characters, but for the tags."""
     return text.translate(_WITHOUT_TAGS)

@@ -9,7 +9,7 @@ from hackle.zoo.data.pipeline import require_least
 from hackle.zoo.data.whole import Document, lay
 from hackle.zoo.errors import UserError
 from hackle.zoo.mapreduce import sets
-from hackle.zoo.mapreduce.alphabet import encode
+from hackle.zoo.mapreduce.alphabet import encode, given
 from hackle.zoo.mapreduce.problem import Kind, Problem
 
 # Row r is filled from problems r * SLOTS, r * SLOTS + 1, ...; one that does not fit into what is
@@ -70,6 +70,6 @@ class ProblemRows:
 
 
 def document_of(problem: Problem, tagged: bool) -> Document:
-    """A problem as tokens."""
-    text = problem.trace if tagged else problem.sequential
-    return Document(encode(problem.prompt + text), len(problem.prompt))
+    """A problem as tokens; with tags, what the decoder writes is not trained."""
+    tokens = encode(problem.prompt + (problem.trace if tagged else problem.sequential))
+    return Document(tokens, len(problem.prompt), given(tokens) if tagged else None)

@@ -40,5 +40,6 @@ def problem(kinds: Sequence[Kind], split: str, index: int, *, seed: int = 0) -> 
 
 
 def fingerprint(kinds: Sequence[Kind], *, tagged: bool) -> str:
-    """Two runs with the same one are given the same texts."""
-    return f"{tuple(kinds)} {[kind.edition for kind in kinds]} {tagged}"
+    """Two runs with the same one are trained on the same tokens."""
+    form = "branches, what the decoder writes is given" if tagged else "sequential"
+    return f"{tuple(kinds)} {[kind.edition for kind in kinds]} {form}"

@@ -1,15 +1,20 @@
 """Rows of problems: whole, random access, only answers trained, the same for both twins."""
 
 import itertools
+import math
 
+import jax
 import numpy as np
 import pytest
 
 from hackle.zoo.data.pipeline import Batches, iterate
 from hackle.zoo.data.whole import Document, lay, next_fit
 from hackle.zoo.errors import UserError
-from hackle.zoo.mapreduce import ProblemRows, judge, kinds_of
-from hackle.zoo.mapreduce.alphabet import END, decode
+from hackle.zoo.generate.writer import Limits, Writer
+from hackle.zoo.mapreduce import Arithmetic, ProblemRows, judge, kinds_of
+from hackle.zoo.mapreduce.alphabet import END, END_ID, END_PATH, INDEX_END, PATH, TAG_IDS, decode
+from hackle.zoo.mapreduce.rows import document_of
+from tests.zoo.generate.test_writer import play, scripted
 
 KINDS = kinds_of("mapreduce-easy")
 
@@ -19,15 +24,15 @@ def rows(tagged=True, length=300, kinds=KINDS, **changes):
 
 
 def documents(batch):
-    """(prompt, what is trained) of every document of a batch."""
+    """(prompt, what follows) of every document of a batch."""
     found = []
     for tokens, segments, trained in zip(
         *(batch[name] for name in ("tokens", "segment_ids", "loss_mask")), strict=True
     ):
         for number in range(1, segments.max() + 1):
-            here = segments == number
-            prompt = tokens[here & (trained == 0)]
-            found.append((decode(prompt), decode(tokens[here & (trained == 1)])))
+            here = np.flatnonzero(segments == number)
+            prompt = int(np.argmax(trained[here]))
+            found.append((decode(tokens[here[:prompt]]), decode(tokens[here[prompt:]])))
     return found
 
 
@@ -67,6 +72,57 @@ def test_any_row_alone_is_the_row_among_others():
 def test_twins_are_trained_on_the_same_problems():
     tagged, plain = (documents(rows(t).take(np.arange(8))) for t in (True, False))
     assert [prompt for prompt, _ in tagged] == [prompt for prompt, _ in plain]
+
+
+def forks(tokens):
+    """A trace as `scripted` takes it: tokens, and a list of paths for each fork."""
+    root = []
+    inside = [root]
+    for token in tokens:
+        if chr(token) == PATH:
+            if not (inside[-1] and isinstance(inside[-1][-1], list)):
+                inside[-1].append([])
+            inside[-1][-1].append([])
+            inside.append(inside[-1][-1][-1])
+        inside[-1].append(token)
+        if chr(token) == END_PATH:
+            inside.pop()
+    return root
+
+
+def asked_for(document):
+    """What a decoder writes of a document, and which tokens it asks the model for."""
+    prompt, trace = np.split(document.tokens, [document.prompt])
+    writer = Writer(
+        prompt.tolist(),
+        tags=TAG_IDS,
+        limits=Limits(5000),
+        range_end=math.inf,
+        index_end=frozenset(INDEX_END),
+        stops=frozenset([END_ID]),
+        key=jax.random.key(0),
+    )
+    choose, asked = scripted(writer.live[0], forks(trace.tolist())), []
+
+    def answer(strand):
+        asked.append(choose(strand))
+        return asked[-1]
+
+    play(writer, answer)
+    return writer.draft.tokens, asked
+
+
+@pytest.mark.parametrize("kind", [*kinds_of("mapreduce"), Arithmetic(depth=3, parts=3)], ids=str)
+def test_trained_is_what_the_model_is_asked_for_in_decoding(kind):
+    for index in range(12):
+        problem = kind.problem("train", index)
+        document = document_of(problem, True)
+        written, asked = asked_for(document)
+        assert written == document.tokens[document.prompt :].tolist()
+        trained = lay([[document]], len(document.tokens))["loss_mask"][0] == 1
+        assert sorted(asked) == sorted(document.tokens[trained].tolist())
+        plain = document_of(problem, False)
+        assert lay([[plain]], 5000)["loss_mask"].sum() == len(plain.tokens) - plain.prompt
 
 
 def test_rows_are_well_filled():
@@ -118,3 +174,6 @@ def test_a_document_longer_than_its_row_is_cut():
     np.testing.assert_array_equal(batch["loss_mask"], [[0, 0, 0, 0, 1, 1], [0] * 6])
     np.testing.assert_array_equal(batch["segment_ids"], [[1] * 6, [0] * 6])
     np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3, 4, 5], [0] * 6])
+    given = np.arange(9) % 5 == 4  # the fifth and, cut off, none other
+    batch = lay([[Document(np.arange(1, 10), 3, given)]], 6)
+    np.testing.assert_array_equal(batch["loss_mask"], [[0, 0, 0, 1, 0, 1]])

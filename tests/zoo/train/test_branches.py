@@ -116,9 +116,11 @@ def test_only_what_follows_a_prompt_is_a_target(here):
     targets, weights = next_tokens({k: jax.numpy.asarray(v) for k, v in batch.items()})
     counted = np.asarray(weights) > 0
     assert counted.sum() == batch["loss_mask"].sum()  # a prompt is before every answer
-    first = np.diff(batch["loss_mask"], axis=1) == 1
-    # The first target of a document is the token that opens its thoughts.
-    assert (np.asarray(targets)[:, :-1][first] == TAG_IDS.think[0].open).all()
+    for line, segments in enumerate(batch["segment_ids"]):
+        for number in range(1, segments.max() + 1):
+            first = np.flatnonzero(counted[line] & (segments == number))[0]
+            # The first target of a document is the token that opens its thoughts.
+            assert np.asarray(targets)[line, first] == TAG_IDS.think[0].open
 
 
 def test_a_run_resumes_and_is_exported_with_letters_and_tags(here, tmp_path, monkeypatch):
