@@ -2,8 +2,8 @@
 
 Both see the same problems, the twin without tags and branches. Then both solve held-out problems:
 accuracy, share of well-formed outputs, and the critical path. With --seeds, several such pairs,
-each from other first weights and problems. Everything is kept in OUT; the same command again goes
-on where it stopped.
+each from other first weights and training problems. Everything is kept in OUT; the same command
+again goes on where it stopped.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,58 +134,66 @@ def by_seed(pairs: list[Pair]) -> dict[int, Pair]:
     from hackle.zoo.errors import UserError
 
     found: dict[int, Pair] = {}
+    known: list[dict[str, Any]] = []
     for pair in pairs:
-        require_pair(pair)
-        seed = recipe_of(pair["parallel"])["seed"]
+        runs = identities(pair)
+        require_pair(pair, runs)
+        known.append(runs["parallel"]["recipe"])
+        seed = known[-1]["seed"]
         if seed in found:
             raise UserError(f"--runs: two pairs of seed {seed}; expected another seed for each")
         found[seed] = pair
-        require_same(pairs[0]["parallel"], pair["parallel"], but="seed")
+        folders = (pairs[0]["parallel"], pair["parallel"])
+        require_same(folders, (known[0], known[-1]), but="seed")
     return found
 
 
-def require_pair(pair: Pair) -> None:
+def require_pair(pair: Pair, runs: dict[str, dict[str, Any]]) -> None:
     """Raises UserError unless two runs are twins, trained on the problems that there are now."""
     from hackle.zoo.errors import UserError
     from hackle.zoo.mapreduce import SETS, fingerprint
 
-    for name, folder in pair.items():
-        one = recipe_of(folder)
+    recipes = [runs[name]["recipe"] for name in MODELS]
+    for name, one in zip(MODELS, recipes, strict=True):
         if one["corpus"] not in SETS or one["packing"] != PACKINGS[name]:
             raise UserError(
-                f"{folder}: corpus={one['corpus']!r} with packing={one['packing']!r}; "
+                f"{pair[name]}: corpus={one['corpus']!r} with packing={one['packing']!r}; "
                 f"expected generated problems with packing={PACKINGS[name]!r}"
             )
-        if identity(folder)["data"] != fingerprint(SETS[one["corpus"]], tagged=name == "parallel"):
-            raise UserError(f"{folder}: trained on problems of another release; train it anew")
-    require_same(*pair.values(), but="packing")
+        if runs[name]["data"] != fingerprint(SETS[one["corpus"]], tagged=name == "parallel"):
+            raise UserError(f"{pair[name]}: trained on problems of another release; train it anew")
+    require_same(list(pair.values()), recipes, but="packing")
 
 
-def require_same(one: Path, other: Path, *, but: str) -> None:
-    """Raises UserError where the recipes of two runs differ in more than `but` and their place."""
+def require_same(folders: Sequence[Path], recipes: Sequence[dict[str, Any]], *, but: str) -> None:
+    """Raises UserError where two recipes differ in more than `but` and where they ran."""
     from hackle.zoo.errors import UserError
 
-    a, b = recipe_of(one), recipe_of(other)
+    a, b = recipes
     found = {key for key in a | b if a.get(key) != b.get(key)}
     if found := found - {but, "workers", "data_dir", "attention"}:
-        raise UserError(f"{one} and {other} differ in {sorted(found)}")
+        raise UserError(f"{' and '.join(map(str, folders))} differ in {sorted(found)}")
 
 
-def identity(folder: Path) -> dict[str, Any]:
-    """What a run folder holds, as JSON has it: recipe, model and data."""
+def identities(pair: Pair) -> dict[str, dict[str, Any]]:
+    """What the run folders of a pair hold, as JSON has it: recipe, model and data.
+
+    Raises:
+      UserError: a run that did not come to its end.
+    """
     from hackle.zoo.errors import UserError
     from hackle.zoo.train.checkpoint import RunFolder
 
-    run = RunFolder(folder)
-    step = run.latest()
-    if step is None:
-        raise UserError(f"{folder} holds no checkpoint of a run")
-    return run.identity(step)
-
-
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe of a run folder, as JSON has it."""
-    return identity(folder)["recipe"]
+    found = {}
+    for name, folder in pair.items():
+        run = RunFolder(folder)
+        step = run.latest()
+        if step is None:
+            raise UserError(f"{folder} holds no checkpoint of a run")
+        found[name] = run.identity(step)
+        if step != (last := found[name]["recipe"]["steps"]):
+            raise UserError(f"{folder}: stopped at step {step}; expected a run of all {last} steps")
+    return found
 
 
 def solve(args: argparse.Namespace, pairs: dict[int, Pair], until: float) -> dict[int, Outcomes]:
@@ -223,8 +231,9 @@ def solve_pair(
         model = load_model(pair[name])
         return evaluation.DECODERS[name](model, max_new_tokens=args.max_new_tokens)
 
-    require_asked(args, pair, out)
-    kinds = kinds_of(recipe_of(pair["parallel"])["corpus"])
+    runs = identities(pair)
+    require_asked(runs | {"max_new_tokens": args.max_new_tokens}, out)
+    kinds = kinds_of(runs["parallel"]["recipe"]["corpus"])
     for turn in range(TURN, args.problems + TURN, TURN):
         for name in MODELS:
             done = evaluation.evaluate(
@@ -239,12 +248,11 @@ def solve_pair(
             tell(name, done)
 
 
-def require_asked(args: argparse.Namespace, pair: Pair, out: Path) -> None:
+def require_asked(asked: dict[str, Any], out: Path) -> None:
     """Raises UserError where `out` holds outcomes of other runs; else says whose they will be."""
     from hackle.zoo.errors import UserError
 
-    asked = {name: identity(folder) for name, folder in pair.items()}
-    text = json.dumps(asked | {"max_new_tokens": args.max_new_tokens}, indent=1) + "\n"
+    text = json.dumps(asked, indent=1) + "\n"
     path = out / "asked.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -319,7 +327,7 @@ def write_report(
 
     from hackle.zoo.train.report import plot_losses
 
-    recipe = recipe_of(next(iter(pairs.values()))["parallel"])
+    recipe = identities(next(iter(pairs.values())))["parallel"]["recipe"]
     written = [one for pair in found.values() for one in pair["parallel"]]
     checks, wrong = curves(pairs), faults(written)
     example = next((one for one in written if one.correct), None)

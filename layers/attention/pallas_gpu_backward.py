@@ -2,10 +2,11 @@
 
 It goes through the tiles of queries that see its keys, each for every query head of its group, so
 that gradients of keys and values add up in registers. It starts with the last tiles, which most
-keys see: programs that run at the same time then read the same tiles, from the cache. Known
-beforehand for each query are
-`shift = -lse / scale` and `drop = dlse - dout . out`, where `dout . out = sum_j p_j dp_j`
-(FlashAttention-2, arXiv 2307.08691, algorithm 2). With `c = scale * log2(e)`:
+keys see: programs that run at the same time then read the same tiles, from the cache.
+
+Known beforehand for each query are `shift = -lse / scale` and `drop = dlse - dout . out`, where
+`dout . out = sum_j p_j dp_j` (FlashAttention-2, arXiv 2307.08691, algorithm 2). With
+`c = scale * log2(e)`:
 
   p = 2^(c (s + shift)),  dv = p^T dout,  dp = dout v^T,  ds = p (dp + drop),
   dk = scale ds^T q,  dq = scale ds k.
@@ -259,7 +260,6 @@ def fetch_queries(shape: Shape, place, arrays, tiles, barriers) -> None:
     query_tiles, dout_tiles, shift_tiles, drop_tiles, ints_tiles = tiles
     query_here, dout_here, ints_here, query_free, dout_free = barriers
     queries, stages = shape.queries, shape.stages
-
     last_head = (key_head + 1) * shape.group - 1
 
     def other(i):

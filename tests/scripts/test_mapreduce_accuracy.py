@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hackle.zoo.train.checkpoint import RunFolder
 from tests.scripts.running import call, load
 from tests.zoo.mapreduce.test_evaluation import Teacher
 
@@ -79,6 +80,17 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     assert "means over the seeds, on 6 problems that both were given: -16.67 % (" in printed
     assert len((out / "seed-1" / "sequential.jsonl").read_text().splitlines()) == 6
     assert (first / "parallel" / "summary.json").read_bytes() == trained
+
+    # A run that stopped before its end is none to compare.
+    saved = RunFolder.identity
+
+    def longer(self, step):
+        found = saved(self, step)
+        return found | {"recipe": found["recipe"] | {"steps": 3}}
+
+    monkeypatch.setattr(RunFolder, "identity", longer)
+    assert call(script, *again) == 2
+    assert "stopped at step 2; expected a run of all 3 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

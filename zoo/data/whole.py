@@ -14,8 +14,8 @@ class Document(NamedTuple):
     Attributes:
       tokens: int [n], both.
       prompt: how many of them are the prompt, which is not trained.
-      given: bool [n], of what follows: tokens that are not the model's to write, and not trained
-        either. None: there are none.
+      given: bool [n], tokens that are not the model's to write, and not trained either. None:
+        there are none behind the prompt.
     """
 
     tokens: np.ndarray

@@ -127,10 +127,9 @@ def evaluate(
     for one in found:
         if one.kind != kinds[one.index % len(kinds)].name:
             raise UserError(f"{path} holds outcomes of other problems; remove it")
-    if len(found) == problems or time.monotonic() >= until:
-        return found
-    decoder = load()
+    decoder = None
     while len(found) < problems and time.monotonic() < until:
+        decoder = decoder or load()
         indices = range(len(found), min(len(found) + decoder.batch, problems))
         asked = [sets.problem(kinds, "validation", index) for index in indices]
         written = decoder([encode(one.prompt).tolist() for one in asked])
