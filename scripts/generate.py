@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         for prompt in prompts:
             draw(args, model, tokenizer, prompt, sampling, stops)
         return 0
+    if getattr(model.config, "tags", None) is not None:
+        print("note: this model writes paths; --branches lets it, side by side", file=sys.stderr)
     steps = stream(
         model,
         [tokenizer.encode(prompt, special=True) for prompt in prompts],

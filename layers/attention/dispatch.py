@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from hackle.layers import in_place
 from hackle.layers.attention import (
     cudnn,
     over_devices,
@@ -159,7 +160,7 @@ def _choose(
     if implementation is None:
         reasons: list[str] = []
         for name in preference:
-            reason = _unsupported(name, query, key, mask) or _unsuited(name, query)
+            reason = _unsuited(name, query) or _unsupported(name, query, key, mask)
             if reason is None:
                 _say_once(name, "; ".join(reasons))
                 return name
@@ -201,4 +202,6 @@ def _unsuited(name: str, query: jax.Array) -> str | None:
 
 @functools.cache
 def _say_once(name: str, reasons: str) -> None:
-    _log.info("attention: chose %r%s", name, f" ({reasons})" if reasons else "")
+    # A flag alone stands between the user and a faster kernel: that is worth a warning.
+    level = logging.WARNING if in_place.FLAG in reasons else logging.INFO
+    _log.log(level, "attention: chose %r%s", name, f" ({reasons})" if reasons else "")

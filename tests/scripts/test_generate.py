@@ -91,6 +91,12 @@ def test_branches_are_drawn_side_by_side(script, branching, capsys, monkeypatch)
     assert shown[-1].startswith(f"{counts}; ended: {draft.finish}")
 
 
+def test_a_model_that_branches_read_as_plain_text_is_told(script, branching, folder, capsys):
+    for model, told in ((branching, True), (folder, False)):
+        assert call(script, model, "--prompt", "x", "--max-new-tokens", 2) == 0
+        assert ("note: this model writes paths; --branches" in capsys.readouterr().err) == told
+
+
 def test_branches_of_a_model_without_tags(script, folder, capsys):
     assert call(script, folder, "--branches", "--prompt", "x") == 2
     assert "error: --branches: the tokenizer has no token <Think>" in capsys.readouterr().err

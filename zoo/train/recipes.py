@@ -127,7 +127,7 @@ def multiverse_small() -> Recipe:
         corpus="mapreduce",
         length=1024,
         batch=32,
-        steps=8000,
+        steps=20_000,
         learning_rate=1e-3,
         warmup=150,
         preset="h100x1",

@@ -261,14 +261,20 @@ def test_what_none_chooses(chip, kind, width, length, alone, with_lse, monkeypat
     assert dispatch._choose(None, preference, query, query, mask) == with_lse
 
 
-def test_kernels_that_write_in_place_need_a_flag(monkeypatch):
-    """With which XLA leaves them alone."""
+def test_kernels_that_write_in_place_need_a_flag(monkeypatch, caplog):
+    """With which XLA leaves them alone; where None could have used one, that is a warning."""
+    dispatch._say_once.cache_clear()
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
     query = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
     mask = dict(all_masks(1, 200, 200))["packed"]
+    few = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
+    some = dict(all_masks(1, 8, 200))["none"]
+    assert dispatch._choose(None, ["pallas_gpu", "xla"], few, query, some) == "xla"
+    assert not caplog.messages  # too few for a kernel anyway
     assert dispatch._choose(None, dispatch._PREFERENCE, query, query, mask) == "xla"
+    assert f"set XLA_FLAGS={in_place.FLAG}" in caplog.text
     with pytest.raises(NotImplementedError, match=f"set XLA_FLAGS={in_place.FLAG}"):
         dispatch._choose("pallas_gpu", dispatch._PREFERENCE, query, query, mask)
 
