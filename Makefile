@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed-dev
 # An environment of its own, without the oracles.
 test-gpu-kernels: $(VENV)-gpu-kernels/.installed
 	@HACKLE_TEST_CACHE=$(VENV)/.jax_cache $(VENV)-gpu-kernels/bin/python -m pytest -q -n $(JOBS) \
-	  tests/layers/*/test_*gpu*.py
+	  tests/layers/*/test_*gpu*.py tests/layers/attention/test_siblings.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-gpu-kernels build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

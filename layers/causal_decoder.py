@@ -120,7 +120,8 @@ class CausalDecoder(LanguageModel):
           tokens: int `[B, L]`.
           positions: int `[B, L]`. None counts from 0 in each segment, or takes the branches'.
           segment_ids: int `[B, L]`, documents packed in one row; tokens of different ids do not
-            see each other, and id 0 is padding. None is one document a row.
+            see each other, and id 0 is padding. No two documents of a row have one id. None is
+            one document a row.
           branches: Multiverse's branch structure; sibling paths do not see each other.
 
         Raises:

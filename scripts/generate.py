@@ -160,6 +160,8 @@ def published(folder: Path) -> Path:
     """The published folder that `folder` is, or that a finished run has inside."""
     from hackle.zoo.errors import UserError
 
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; expected a published model or a run")
     if (folder / "model").is_dir():
         return folder / "model"
     if (folder / "checkpoints").is_dir():

@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("problems", "max_new_tokens", "seeds"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"{name}={value}; expected at least 1")
+    if args.seconds is not None and args.seconds < 0:
+        raise UserError(f"seconds={args.seconds:g}; expected at least 0")
     if args.runs is None:
         pairs = train(args, until)
         if pairs is None:
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("recipe", "set", "seeds"):
             if getattr(args, name):
                 raise UserError(f"--{name} is for training; expected none with --runs")
-        pairs = by_seed([dict(zip(MODELS, folders, strict=True)) for folders in args.runs])
+        pairs = by_seed(args, [dict(zip(MODELS, folders, strict=True)) for folders in args.runs])
     found = solve(args, pairs, until)
     table = rows(found)
     print(f"\n{report.table(table)}\n\n{gap(found)}")
@@ -101,6 +103,7 @@ def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
     Raises:
       UserError: the recipe is of no model that branches on generated problems.
     """
+    from hackle.zoo import registry
     from hackle.zoo.errors import UserError
     from hackle.zoo.mapreduce import SETS
     from hackle.zoo.train.loop import run as train_one
@@ -112,6 +115,8 @@ def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
             f"corpus={first.corpus!r} with packing={first.packing!r}; "
             f"expected one of {', '.join(SETS)} with packing={PACKINGS['parallel']!r}"
         )
+    most = registry.entry(first.model).config.max_length
+    require_room(args, first.corpus, first.overrides.get("max_length", most))
     pairs = {}
     for seed in range(first.seed, first.seed + (args.seeds or 1)):
         one = first.replace(seed=seed)
@@ -125,11 +130,27 @@ def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
     return pairs
 
 
-def by_seed(pairs: list[Pair]) -> dict[int, Pair]:
+def require_room(args: argparse.Namespace, corpus: str, most: int) -> None:
+    """Raises UserError where a prompt and its answer could be longer than a model can read."""
+    from hackle.zoo.errors import UserError
+    from hackle.zoo.mapreduce import kinds_of, sets
+
+    kinds = kinds_of(corpus)
+    asked = (sets.problem(kinds, "validation", index).prompt for index in range(args.problems))
+    longest = max(map(len, asked))
+    if longest + args.max_new_tokens > most:
+        raise UserError(
+            f"max_new_tokens={args.max_new_tokens}; expected at most {most - longest}, since the "
+            f"model reads {most} tokens and prompts have up to {longest}"
+        )
+
+
+def by_seed(args: argparse.Namespace, pairs: list[Pair]) -> dict[int, Pair]:
     """Pairs by the seed of their recipe.
 
     Raises:
-      UserError: two that are no pair, or pairs that differ in more than their seeds.
+      UserError: two that are no pair, pairs that differ in more than their seeds, or models that
+        cannot write as many tokens as asked for.
     """
     from hackle.zoo.errors import UserError
 
@@ -139,6 +160,7 @@ def by_seed(pairs: list[Pair]) -> dict[int, Pair]:
         runs = identities(pair)
         require_pair(pair, runs)
         known.append(runs["parallel"]["recipe"])
+        require_room(args, known[-1]["corpus"], runs["parallel"]["model"]["config"]["max_length"])
         seed = known[-1]["seed"]
         if seed in found:
             raise UserError(f"--runs: two pairs of seed {seed}; expected another seed for each")

@@ -49,8 +49,8 @@ def attention(
     Args:
       query: `[B, L, H, E]`.
       key: `[B, S, K, E]`, H divisible by K; query head h reads key head `h // (H / K)`.
-      value: `[B, S, K, E]`.
-      mask: which keys each query sees; None hides nothing.
+      value: `[B, S, K, E]`. All three are of one dtype.
+      mask: which keys each query sees; None hides nothing. Its arrays have B rows, or one.
       scale: factor on the scores; None is `E ** -0.5`.
       implementation: "reference", "xla", "cudnn", "pallas_gpu" or "pallas_tpu" runs exactly that
         or raises. None picks the fastest that supports these arguments on the default device, and
@@ -61,10 +61,10 @@ def attention(
       that sees no key gets 0.
 
     Raises:
-      ValueError: shapes do not fit, or the implementation's name is unknown.
+      ValueError: shapes, dtypes or the mask do not fit, or the implementation's name is unknown.
       NotImplementedError: the named implementation cannot honour the arguments on this device.
     """
-    scale = _check(query, key, value, scale)
+    scale = _check(query, key, value, mask, scale)
     name = _choose(implementation, _PREFERENCE, query, key, mask)
     out = _run(name, query, key, value, mask, scale)
     return out[0] if name in _WITH_LSE else out
@@ -82,9 +82,9 @@ def attention_with_lse(
     """As `attention`, and the log-sum-exp of the scores, `[B, L, H]` float32 (-inf: saw no key).
 
     Differentiable in both results. "cudnn" is refused: its log-sum-exp comes in the dtype of the
-    query and without a gradient.
+    query and without a gradient. Arguments and other errors as in `attention`.
     """
-    scale = _check(query, key, value, scale)
+    scale = _check(query, key, value, mask, scale)
     if implementation in _IMPLEMENTATIONS and implementation not in _WITH_LSE:
         raise NotImplementedError(
             f"implementation {implementation!r} gives no differentiable float32 log-sum-exp; "
@@ -101,11 +101,14 @@ def merge_attention(
     """Joins attention over disjoint sets of keys into attention over their union, exactly.
 
     Args:
-      parts: pairs `(out [B,L,H,E], lse [B,L,H])` as `attention_with_lse` returns them.
+      parts: pairs `(out [B,L,H,E], lse float32 [B,L,H])` as `attention_with_lse` returns them.
 
     Returns:
       `(out, lse)` of the union: `lse = log sum_i exp(lse_i)`, `out = sum_i exp(lse_i - lse) out_i`,
       summed in float32 or wider; `out` in the dtype of the first part.
+
+    Raises:
+      ValueError: there are no parts, or one whose two shapes do not fit.
     """
     if not parts:
         raise ValueError("merge_attention needs at least one part, got none")
@@ -128,8 +131,10 @@ def merge_attention(
     return out.astype(parts[0][0].dtype), lse
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None) -> float:
-    """Raises ValueError on shapes that do not fit; returns the scale."""
+def _check(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask | None, scale: float | None
+) -> float:
+    """Raises ValueError on shapes or dtypes that do not fit; returns the scale."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(
@@ -142,11 +147,21 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | No
         raise ValueError(
             f"attention: query {query.shape} and key {key.shape} differ in batch or head width"
         )
+    if 0 in key.shape:
+        raise ValueError(f"attention: key {key.shape} has nothing to attend to")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"attention: query {query.dtype}, key {key.dtype} and value {value.dtype} "
+            "differ in dtype"
+        )
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"attention: {query.shape[2]} query heads are not a multiple of "
             f"{key.shape[2]} key heads"
         )
+    if mask is not None:
+        mask.check(query.shape[1], key.shape[1])
+        mask.check_batch(query.shape[0])
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
@@ -159,12 +174,15 @@ def _choose(
 ) -> str:
     if implementation is None:
         reasons: list[str] = []
+        barred = False
         for name in preference:
-            reason = _unsuited(name, query) or _unsupported(name, query, key, mask)
+            unsuited = _unsuited(name, query)
+            reason = _unsupported(name, query, key, mask) or unsuited
             if reason is None:
-                _say_once(name, "; ".join(reasons))
+                _say_once(name, "; ".join(reasons), barred)
                 return name
             reasons.append(reason)
+            barred |= in_place.FLAG in reason and unsuited is None
         raise AssertionError("XLA supports everything")
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
@@ -201,7 +219,7 @@ def _unsuited(name: str, query: jax.Array) -> str | None:
 
 
 @functools.cache
-def _say_once(name: str, reasons: str) -> None:
-    # A flag alone stands between the user and a faster kernel: that is worth a warning.
-    level = logging.WARNING if in_place.FLAG in reasons else logging.INFO
+def _say_once(name: str, reasons: str, barred: bool) -> None:
+    # A flag alone bars a faster kernel: that is worth a warning.
+    level = logging.WARNING if barred else logging.INFO
     _log.log(level, "attention: chose %r%s", name, f" ({reasons})" if reasons else "")

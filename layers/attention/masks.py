@@ -15,7 +15,7 @@ class Mask:
     """Base of all masks."""
 
     def check(self, queries: int, keys: int) -> None:
-        """Raises ValueError when the mask does not describe `queries` x `keys`."""
+        """Raises ValueError when the mask does not describe `queries` x `keys` by integers."""
 
     def visible(self, query_index: jax.Array, key_index: jax.Array) -> jax.Array:
         """Bool `[B or 1, l, s]` for the queries `query_index [l]` and keys `key_index [s]`."""
@@ -26,7 +26,17 @@ class Mask:
         self.check(queries, keys)
         return self.visible(jnp.arange(queries), jnp.arange(keys))
 
+    def check_batch(self, batch: int) -> None:
+        """Raises ValueError unless all arrays have `batch` rows, or one for all of them."""
+        for path, ids in jax.tree_util.tree_leaves_with_path(self):
+            # A mask of a user's own that is no pytree is itself a leaf.
+            if not isinstance(ids, Mask) and ids.shape[0] not in (1, batch):
+                name = f"masks.{type(self).__name__}{jax.tree_util.keystr(path)}"
+                raise ValueError(f"{name} has {ids.shape[0]} rows, but the batch has {batch}")
+
     def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
         return All((*_parts(self), *_parts(other)))
 
 
@@ -40,9 +50,12 @@ def _register(cls):
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
 
 
-def _match(name: str, size: int, expected: int) -> None:
-    if size != expected:
-        raise ValueError(f"{name} describes {size} tokens, but the array has {expected}")
+def _describes(name: str, ids: jax.Array, axes: str, tokens: int | None = None) -> None:
+    """Raises ValueError unless `ids` are integers with these axes, the last one of `tokens`."""
+    if ids.ndim != len(axes.split(", ")) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers [{axes}], got {ids.dtype} {ids.shape}")
+    if tokens is not None and ids.shape[-1] != tokens:
+        raise ValueError(f"{name} describes {ids.shape[-1]} tokens, but the array has {tokens}")
 
 
 @_register
@@ -86,6 +99,9 @@ class Padding(Mask):
 
     lengths: jax.Array
 
+    def check(self, queries, keys):
+        _describes("masks.Padding.lengths", self.lengths, "B")
+
     def visible(self, query_index, key_index):
         seen = key_index[None, None, :] < self.lengths[:, None, None]
         return jnp.broadcast_to(seen, (seen.shape[0], query_index.shape[0], key_index.shape[0]))
@@ -100,8 +116,8 @@ class Segments(Mask):
     key_ids: jax.Array
 
     def check(self, queries, keys):
-        _match("masks.Segments.query_ids", self.query_ids.shape[-1], queries)
-        _match("masks.Segments.key_ids", self.key_ids.shape[-1], keys)
+        _describes("masks.Segments.query_ids", self.query_ids, "B, L", queries)
+        _describes("masks.Segments.key_ids", self.key_ids, "B, S", keys)
 
     def visible(self, query_index, key_index):
         query = jnp.take(self.query_ids, query_index, axis=-1, mode="clip")
@@ -118,8 +134,8 @@ class Positions(Mask):
     key_positions: jax.Array
 
     def check(self, queries, keys):
-        _match("masks.Positions.query_positions", self.query_positions.shape[-1], queries)
-        _match("masks.Positions.key_positions", self.key_positions.shape[-1], keys)
+        _describes("masks.Positions.query_positions", self.query_positions, "B, L", queries)
+        _describes("masks.Positions.key_positions", self.key_positions, "B, S", keys)
 
     def visible(self, query_index, key_index):
         query = jnp.take(self.query_positions, query_index, axis=-1, mode="clip")
@@ -143,10 +159,13 @@ class Branches(Mask):
     key_path: jax.Array
 
     def check(self, queries, keys):
-        for name, size in (("query", queries), ("key", keys)):
-            block, path = getattr(self, f"{name}_block"), getattr(self, f"{name}_path")
-            _match(f"masks.Branches.{name}_block", block.shape[-1], size)
-            _match(f"masks.Branches.{name}_path", path.shape[-1], size)
+        sides = (("query", "B, depth, L", queries), ("key", "B, depth, S", keys))
+        for side, axes, tokens in sides:
+            for ids in (f"{side}_block", f"{side}_path"):
+                _describes(f"masks.Branches.{ids}", getattr(self, ids), axes, tokens)
+        shapes = [getattr(self, f.name).shape for f in dataclasses.fields(self)]
+        if len({shape[1] for shape in shapes}) > 1:
+            raise ValueError(f"masks.Branches: depths differ; the ids have shapes {shapes}")
 
     def visible(self, query_index, key_index):
         def query(ids):

@@ -60,6 +60,9 @@ class BranchState:
       between: the tokens between the last two tags.
       outlines: the tokens of each outline of the last goal, so far.
       depth: how many paths are open, those included whose `</Path>` came last.
+
+    Raises:
+      ValueError: an unknown layout, or a `max_depth` outside 1..6.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class BranchState:
         max_depth: int = MAX_DEPTH,
     ):
         check_layout(layout)
+        if not 1 <= max_depth <= MAX_DEPTH:
+            raise ValueError(f"max_depth must be in 1..{MAX_DEPTH}, got {max_depth}")
         self.tags = tags
         self.layout = layout
         self.max_depth = max_depth
@@ -160,8 +165,10 @@ class BranchState:
         """Takes up where the readers of all `paths` of a fork ended; expects the conclusion.
 
         Raises:
-          BranchError: a path has not ended.
+          BranchError: there is no path, or one has not ended.
         """
+        if not paths:
+            raise BranchError("there is no path to join", self.index)
         for number, reader in enumerate(paths, 1):
             if reader.last != PATH_END or reader.depth != self.depth + 1:
                 raise BranchError(f"path {number} has not ended", reader.index)

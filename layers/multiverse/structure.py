@@ -93,6 +93,8 @@ def branch_structure(
             raise ValueError(
                 f"segment_ids have shape {segment_ids.shape}, but tokens have {tokens.shape}"
             )
+        if not np.issubdtype(segment_ids.dtype, np.integer):
+            raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}")
         segment_ids = np.atleast_2d(segment_ids)
     rows = np.atleast_2d(tokens)
     stream = _Stream(rows, tags, segment_ids)

@@ -75,7 +75,11 @@ class Tags:
 
     @classmethod
     def numbered(cls, first: int) -> "Tags":
-        """The published tags, in their order, at the ids from `first` on."""
+        """The published tags, in their order, at the ids from `first` on.
+
+        Raises:
+          ValueError: `first` is negative; so for the other sets.
+        """
         shift = first - _PUBLISHED
         moved = {
             name: tuple(Tag(tag.word, tag.open + shift, tag.close + shift) for tag in role)

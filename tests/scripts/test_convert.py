@@ -203,6 +203,9 @@ def test_tags_are_added_to_model_and_tokenizer(tmp_path, call, tokenizer):
     text = data.load_tokenizer(tmp_path / "out")
     assert text.encode("<Path>", special=True) == [model.config.tags.path[0].open]
     assert text.vocab_size == 272
+    # Not twice: that would forget the rows of the tags.
+    code, _, err = call("add-tags", tmp_path / "out", tmp_path / "twice")
+    assert code == 2 and "the model has tags already" in err and not (tmp_path / "twice").exists()
     # With the tokenizer of another folder, and to a dense model and back without a loss.
     assert call("copy", tmp_path / "out", tmp_path / "dense", "--to", "dense")[0] == 0
     assert type(zoo.from_pretrained(tmp_path / "dense")).__name__ == "DenseLM"

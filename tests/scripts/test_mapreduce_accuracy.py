@@ -98,6 +98,8 @@ def test_training_solving_and_report(script, tmp_path, monkeypatch, capsys):
     [
         (["--problems", "0"], "problems=0; expected at least 1"),
         (["--seeds", "0"], "seeds=0; expected at least 1"),
+        (["--seconds", "-5"], "seconds=-5; expected at least 0"),
+        (["--max-new-tokens", "2048"], "max_new_tokens=2048; expected at most 20"),
         (["--recipe", "multiverse-smal"], "unknown recipe 'multiverse-smal'; did you mean"),
         (["--runs", "a", "b"], "a holds no checkpoint of a run"),
         (["--set", "corpus=python"], "corpus='python' with packing='branches'; expected one of ma"),

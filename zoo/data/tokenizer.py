@@ -51,9 +51,16 @@ class Tokenizer:
         return plain
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text`, nothing added. `special` reads `<|...|>` as special tokens."""
+        """Token ids of `text`, nothing added. `special` reads `<|...|>` as special tokens.
+
+        Raises:
+          UserError: the text has something that the tokenizer has no token for.
+        """
         backend = self.backend if special else self.plain
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"tokenizer {self.path} cannot encode {text!r}: {error}") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""

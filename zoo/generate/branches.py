@@ -75,10 +75,13 @@ def generate_branches(
       seed: decides every sample.
       eos: token id, or several, after which the text stops.
 
+    Returns:
+      The draft when it is finished: its parts, tokens, counts, and why it ended.
+
     Raises:
       UserError: a prompt that is empty, too long, has a token outside of the vocabulary or breaks
-        the grammar; a model without a cache for branches, or without tags; a limit or a sampling
-        value out of range.
+        the grammar; a model without a cache for branches, or without tags, or with a tag outside
+        of the vocabulary; a limit or a sampling value out of range.
     """
     steps = stream_branches(
         model,
@@ -116,6 +119,12 @@ def stream_branches(
     tags = getattr(model.config, "tags", None) if tags is None else tags
     if tags is None:
         raise UserError(f"{type(model.config).__name__} has no tags; say which tokens they are")
+    for text, token in tags.tokens().items():
+        if token >= model.config.vocab_size:
+            raise UserError(
+                f"tag {text} has token id {token}; the vocabulary is "
+                f"0..{model.config.vocab_size - 1}"
+            )
     writer = Writer(
         prompt,
         tags=tags,

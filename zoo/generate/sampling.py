@@ -44,14 +44,14 @@ class Sampling:
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
-    """One key a row, folded from the seed: a row's samples do not depend on its neighbours."""
+    """Keys `[rows]`, folded from the seed: a row's samples do not depend on its neighbours."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
 
 
 def sample(logits: jax.Array, keys: jax.Array, step: jax.Array, how: Sampling) -> jax.Array:
     """Next tokens int32 `[B]` of float32 logits `[B, V]`.
 
-    `keys` are as `row_keys` makes them, `step` is one number or one for each row.
+    `keys` `[B]` are as `row_keys` makes them; `step` is int32, one for all rows or `[B]`.
     """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -40,7 +40,9 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if value is None and field.name == "critical_path":
+                continue
+            if value is None or value < 1:
                 raise UserError(f"limit of {field.name} must be >= 1, got {value}")
         if self.depth > MAX_DEPTH:
             raise UserError(f"limit of depth must be <= {MAX_DEPTH}, got {self.depth}")

@@ -52,7 +52,7 @@ def decode(ids: Sequence[int] | np.ndarray) -> str:
 
 
 def given(ids: np.ndarray) -> np.ndarray:
-    """Bool `[n]`: the tokens of a trace that its decoder writes, and not the model.
+    """Bool `[n]`: which of the ids of a trace, int `[n]`, its decoder writes and not the model.
 
     They are the tags of paths with their indices, and of conclusions (`generate_branches`). The
     paths of a block begin alike, and do not see each other: which index comes next cannot be known,

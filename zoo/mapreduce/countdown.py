@@ -132,7 +132,7 @@ class Countdown(Kind):
         return +left == Counter([target])
 
 
-_OPERATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)", re.ASCII)
+_OPERATION = re.compile(r"(\d{1,9})([-+*/])(\d{1,9})=(\d{1,9})", re.ASCII)
 
 
 def read_prompt(prompt: str) -> tuple[int, Numbers]:

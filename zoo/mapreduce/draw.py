@@ -32,6 +32,7 @@ class Draw:
         return least + self._word() % (most - least + 1)
 
     def choose(self, items: Sequence[Item]) -> Item:
+        """One of the items, of which there is at least one."""
         return items[self._word() % len(items)]
 
     def shuffle(self, items: Sequence[Item]) -> list[Item]:

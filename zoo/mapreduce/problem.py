@@ -28,6 +28,7 @@ SPLITS = ("train", "validation")
 # A problem is held out when its hash, read as a fraction, is below this share.
 VALIDATION_SHARE = 1 / 16
 ANSWER = "Answer: "
+_ATTEMPTS = 10_000  # of which one in hundreds gives a problem, for the sizes of `sets`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Kind(abc.ABC):
         """Problem `index` of a split: it depends on the kind, the seed, the split and `index`.
 
         Raises:
-          UserError: unknown split, or a negative number.
+          UserError: unknown split, or a negative number; sizes for which none of 10,000 attempts
+            gave a problem of the split.
         """
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -93,10 +95,11 @@ class Kind(abc.ABC):
             if value < 0:
                 raise UserError(f"{name}={value}; expected at least 0")
         draw = Draw(seed, SPLITS.index(split), index)
-        while True:
+        for _ in range(_ATTEMPTS):
             found = self.attempt(draw)
             if found is not None and self.split_of(found.prompt) == split:
                 return found
+        raise UserError(f"{self}: no problem of split {split!r} in {_ATTEMPTS:,} attempts")
 
 
 def require(kind: Any, name: str, holds: bool, expected: str) -> None:

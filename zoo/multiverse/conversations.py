@@ -9,6 +9,7 @@ tagged ones alone.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,11 @@ def staged_order(
 
     Both kinds are put in a seeded order first, of which stages take parts; then each stage is
     put in an order of its own. Numbers from `tagged` on are original conversations.
+
+    Args:
+      tagged, original: how many there are of each kind.
+      seed: other seeds give other orders.
+      stages: parts of both orders.
     """
     first = seeded_order(tagged, seed, 0)
     second = tagged + seeded_order(original, seed, 1)
@@ -95,7 +101,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold other ends of lines, such as U+2028, as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     rows = []
@@ -131,6 +138,32 @@ def conversation(row: dict[str, Any], form: str) -> tuple[str, str]:
     return row["question"] + suffix, f"{thoughts}\n\n{answer.strip()}"
 
 
+def wrong_index(text: str) -> str | None:
+    """Which path has another index than the outline in its place, in words; None if there is none.
+
+    Args:
+      text: a tagged chain that follows the grammar. An index is what "1.2" is in "1.2: ...";
+        outlines and paths without one are not compared.
+    """
+    announced: list[list[str]] = []  # indices of the outlines of each open block
+    for match in _INDEXED.finditer(text):
+        tag, index = match[1], match[2]
+        if tag == "Parallel":
+            announced.append([])
+        elif tag == "/Parallel":
+            announced.pop()
+        elif tag == "Outline":
+            announced[-1].append(index)
+        elif announced[-1]:
+            expected = announced[-1].pop(0)
+            if expected and index and expected != index:
+                return f"a path has index {index}, but its outline {expected}"
+    return None
+
+
+_INDEXED = re.compile(r"<(/?Parallel|Outline|Path)>(?:\s*(\d+(?:\.\d+)*))?")
+
+
 class Encoder:
     """Conversations as tokens of a Qwen tokenizer that knows the tags.
 
@@ -159,16 +192,26 @@ class Encoder:
         except OSError as error:
             raise UserError(f"cannot write data folder {folder}: {error.strerror}") from None
         self.tags = Tags().located(self.tokenizer.backend.token_to_id)
-        self._before = self._special(BEFORE)
-        self._between = self._special(BETWEEN)
+        self._before, self._between, self._behind = (
+            self.tokenizer.encode(text, special=True) for text in (BEFORE, BETWEEN, BEHIND)
+        )
 
-    def _special(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, special=True)
+    def document(self, question: str, answer: str, *, tagged: bool) -> Document:
+        """The tokens of a chat, int32 `[n]`.
 
-    def document(self, question: str, answer: str) -> Document:
-        """The tokens of a chat; the question is plain text, whatever tags it spells."""
+        The question is plain text, whatever it spells. Of the answer only the tags are special
+        tokens, or only those of thinking where it is not `tagged`.
+        """
         prompt = [*self._before, *self.tokenizer.encode(question.strip()), *self._between]
-        return Document(np.array([*prompt, *self._special(answer + BEHIND)], np.int32), len(prompt))
+        tags = [*self.tags.tokens()][: None if tagged else 2]
+        pieces = re.split(f"({'|'.join(map(re.escape, tags))})", answer)
+        written = [
+            token
+            for piece in pieces
+            for token in self.tokenizer.encode(piece, special=piece in tags)
+        ]
+        tokens = np.array([*prompt, *written, *self._behind], np.int32)
+        return Document(tokens, len(prompt))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,26 +248,33 @@ def encode_file(
       depth: blocks inside one another, at most.
 
     Raises:
-      UserError: see `read_rows` and `Encoder`; a tagged chain that does not follow the grammar
-        (names the line's number among the rows, and the token); fewer than two rows.
+      UserError: see `read_rows` and `Encoder`; a chain that does not follow the grammar, or whose
+        paths have other indices than their outlines (names the line's number among the rows, the
+        field, and the token); no row to train on.
     """
     rows = read_rows(path)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     encoder = Encoder(tokenizer, Path(data_dir) / "conversations" / digest[:12])
     kept, plain, held_out = [], [], []
     for number, row in enumerate(rows, 1):
-        one = encoder.document(*conversation(row, "tagged" if tagged else "untagged"))
+        forms = ("tagged" if tagged else "untagged", "original")
+        one, other = (
+            encoder.document(*conversation(row, form), tagged=form == "tagged") for form in forms
+        )
         if tagged:
             try:
-                branch_structure(one.tokens, encoder.tags, depth=depth)
+                for document in (one, other):  # both are trained, in a batch of one structure
+                    branch_structure(document.tokens, encoder.tags, depth=depth)
             except BranchError as error:
                 raise UserError(f"{path} row {number}: {error}") from None
+            if (reason := wrong_index(row[FORMS["tagged"][0]])) is not None:
+                raise UserError(f"{path} row {number}: {reason}")
         share = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) / 2**32
         if share < VALIDATION_SHARE:
             held_out.append(one)
         else:
             kept.append(one)
-            plain.append(encoder.document(*conversation(row, "original")))
+            plain.append(other)
     if not kept:
         raise UserError(f"{path} holds no row to train on")
     identity = f"conversations {digest} {encoder.tokenizer.sha256} {tagged}"
@@ -237,6 +287,10 @@ class ConversationRows:
 
     Documents longer than a row are cut at its end, which leaves what is before as it was: their
     structure and loss hang on earlier tokens alone.
+
+    Args:
+      documents: in the order in which rows are filled.
+      length: tokens in a row.
 
     Attributes:
       count: rows.

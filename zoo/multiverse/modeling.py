@@ -181,8 +181,10 @@ def add_tags(
 
     Raises:
       ValueError: an id of a tag is another token's, the trunk has fewer rows than the tokenizer
-        had tokens, or is not one decoder.
+        had tokens, has tags already, or is not one decoder.
     """
+    if isinstance(trunk, MultiverseLM):
+        raise ValueError("the model has tags already, and adding them would forget their rows")
     config, known, ids = _config(trunk, tags), tokenizer.vocab_size, tags.tokens()
     for text, token in ids.items():
         if token < known and tokenizer.decode([token]) != text:

@@ -299,6 +299,68 @@ def test_masks_refuse_other_sizes():
         attention(query, key, value, mask=masks.Prefix(10))
 
 
+def zeros(*shape, dtype=jnp.int32):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        # As `branch_structure` gives one row, without the batch.
+        (masks.Branches(*[zeros(2, 9)] * 4), r"query_block must be integers \[B, depth, L\], got"),
+        (masks.Branches(*[zeros(3, 2, 9)] * 2, *[zeros(3, 1, 9)] * 2), "depths differ; the ids"),
+        (masks.Branches(zeros(3, 2, 9), *[zeros(3, 1, 9)] * 3), "depths differ; the ids have"),
+        (masks.Segments(zeros(9), zeros(9)), r"Segments.query_ids must be integers \[B, L\], got"),
+        (masks.Positions(zeros(3, 9), zeros(3, 9, dtype=float)), r"got float32 \(3, 9\)"),
+        (masks.Padding(zeros(3, 1)), r"Padding.lengths must be integers \[B\], got int32 \(3, 1\)"),
+        (masks.Padding(zeros(2)), r"masks.Padding.lengths has 2 rows, but the batch has 3"),
+        (masks.Causal() & masks.Segments(zeros(3, 9), zeros(4, 9)), "key_ids has 4 rows, but the"),
+    ],
+)
+def test_masks_refuse_other_shapes_and_types(mask, message):
+    query = jnp.zeros((3, 9, 2, 8))
+    for name in (None, "reference", "xla"):
+        with pytest.raises(ValueError, match=message):
+            attention(query, query, query, mask=mask, implementation=name)
+
+
+def test_masks_with_one_row_are_for_all():
+    query, key, value = draw(SHAPES["multi-head"])
+    batch, length = query.shape[:2]
+    row = jnp.arange(length)[None] // 3
+    one = attention(query, key, value, mask=masks.Segments(row, row))
+    rows = jnp.repeat(row, batch, axis=0)
+    np.testing.assert_array_equal(
+        one, attention(query, key, value, mask=masks.Segments(rows, rows))
+    )
+
+
+def test_dtypes_are_not_mixed_and_there_are_keys():
+    query = jnp.zeros((1, 4, 2, 8))
+    half = query.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="query float32, key bfloat16 and value bfloat16 differ"):
+        attention(query, half, half)
+    with pytest.raises(ValueError, match=r"key \(1, 0, 2, 8\) has nothing to attend to"):
+        attention(query, query[:, :0], query[:, :0])
+    with pytest.raises(TypeError):
+        masks.Causal() & None
+
+
+def test_samples_of_one_prompt_share_it():
+    """Shared-prefix sampling: a row of a prompt and its samples equals a row for each of them."""
+    prompt, sizes = 5, (3, 4)
+    length = prompt + sum(sizes)
+    query, key, value = draw((1, length, length, 2, 2, 8))
+    path = jnp.concatenate([jnp.full(n, i) for i, n in enumerate((prompt, *sizes))])
+    branches = ((path > 0).astype(jnp.int32)[None, None], path[None, None])
+    mask = masks.Causal() & masks.Branches(*branches, *branches)
+    joint = attention(query, key, value, mask=mask)
+    for sample in (1, 2):
+        own = np.flatnonzero((path == 0) | (path == sample))
+        alone = attention(query[:, own], key[:, own], value[:, own], mask=masks.Causal())
+        np.testing.assert_allclose(joint[:, own], alone, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "prefix", "prefix-padding"])
 @pytest.mark.parametrize("width", [56, 64, 96, 128, 160])

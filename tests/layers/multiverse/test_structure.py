@@ -298,6 +298,9 @@ def test_arguments_are_checked():
         (lambda: branch_structure(row, depth=7), r"depth must be in 1\.\.6, got 7"),
         (lambda: branch_structure(row * 1.0), r"tokens must be integers \[L\] or \[B, L\]"),
         (lambda: branch_structure(row[None, None]), r"got int64 \(1, 1, 2\)"),
+        (lambda: BranchState(max_depth=7), r"max_depth must be in 1\.\.6, got 7"),
+        (lambda: BranchState().join([]), "there is no path to join"),
+        (lambda: branch_structure(row, segment_ids=row * 1.0), "must be integers, got float64"),
         (lambda: branch_structure(row, segment_ids=row[:1]), r"segment_ids have shape \(1,\)"),
     ):
         with pytest.raises(ValueError, match=message):

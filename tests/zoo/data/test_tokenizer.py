@@ -9,6 +9,7 @@ import pytest
 from hackle.zoo.data import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hackle.zoo.data.tokenizer import FILE_NAME
 from hackle.zoo.errors import UserError
+from hackle.zoo.mapreduce.alphabet import write_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -91,3 +92,10 @@ def test_ids_outside_the_vocabulary(tokenizer):
     for bad in (-1, 290):
         with pytest.raises(UserError, match=f"token id {bad}"):
             tokenizer.decode([1, bad])
+
+
+def test_what_a_tokenizer_has_no_token_for_is_said(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path)  # of characters, without one for what it does not know
+    with pytest.raises(UserError, match=r"tokenizer.json cannot encode 'caf\xe9': .*"):
+        load_tokenizer(path).encode("caf\xe9")

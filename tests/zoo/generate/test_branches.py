@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hackle.layers.multiverse import BranchStructure, Tags, branch_structure
+from hackle.layers.multiverse import BranchStructure, Tag, Tags, branch_structure
 from hackle.zoo.dense import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
 from hackle.zoo.generate import Limits, branches, generate, generate_branches, stream_branches
@@ -196,11 +196,11 @@ def test_a_text_without_blocks_is_what_generate_writes():
     )
     model = nnx.jit(lambda: DenseLM(config, rngs=nnx.Rngs(0)))()
     prompt = [3, 1, 4, 1, 5]
-    for how in ({}, dict(temperature=1.0, top_p=0.9, seed=5)):
+    tags = Tags((), (), (), (), (Tag.at("path", 36),), (Tag.at("end", 38),))
+    for how in ({}, dict(temperature=1.0, top_p=0.9, seed=40)):  # no tag comes
         (expected,) = generate(model, [prompt], max_new_tokens=20, **how)
-        draft = generate_branches(
-            model, prompt, max_new_tokens=20, index_end=[], tags=Tags.numbered(100), **how
-        )
+        draft = generate_branches(model, prompt, max_new_tokens=20, index_end=[], tags=tags, **how)
+        assert not {*tags.tokens().values()} & {*expected}
         assert draft.tokens == expected and draft.finish == "length"
         assert draft.steps == draft.total == draft.critical_path == 20
 
@@ -250,6 +250,8 @@ def test_the_stream_grows_one_draft():
         ([0], dict(max_new_tokens=0), "limit of tokens must be >= 1, got 0"),
         ([0], dict(max_critical_path=0), "limit of critical_path must be >= 1, got 0"),
         ([0], dict(max_branches=0), "limit of branches must be >= 1, got 0"),
+        ([0], dict(max_branches=None), "limit of branches must be >= 1, got None"),
+        ([0], dict(tags=Tags.numbered(1000)), "tag <Think> has token id 1000; the vocabulary is 0"),
         ([0], dict(max_depth=7), "limit of depth must be <= 6, got 7"),
         ([0], dict(tags=None), "DenseConfig has no tags"),
         ([0], dict(top_k=3), "top_k has no effect at temperature 0"),

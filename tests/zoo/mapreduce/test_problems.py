@@ -199,6 +199,7 @@ def test_countdown_paths_are_the_best_moves_of_the_root_and_the_conclusion_is_th
         ("21/3=7 20-7=13  19+13=32", False),
         ("21/3=7 20-7=13 19+13=32 ", False),
         ("19+13=32", False),
+        (f"{'9' * 5000}-20=1 21/3=7 7+25=32", False),
         ("", False),
     ],
 )
@@ -258,6 +259,10 @@ def test_kinds_take_turns():
         (lambda: Countdown(numbers=2), "countdown: numbers=2; expected at least 3"),
         (lambda: Countdown(limit=50), "countdown: limit=50; expected at least largest=25 and"),
         (lambda: Countdown(beam=(3, 2)), r"countdown: beam=\(3, 2\); expected two numbers"),
+        (
+            lambda: Countdown(numbers=3, largest=1, targets=(90, 100)).problem("train", 0),
+            "largest=1, .*: no problem of split 'train' in 10,000 attempts",
+        ),
         (lambda: Table().problem("test", 0), "unknown split 'test'; expected one of train, val"),
         (lambda: Table().problem("train", -1), "index=-1; expected at least 0"),
         (lambda: Table().problem("train", 0, seed=-1), "seed=-1; expected at least 0"),

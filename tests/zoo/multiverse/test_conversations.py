@@ -18,7 +18,9 @@ from hackle.zoo.multiverse.conversations import (
     Encoder,
     conversation,
     encode_file,
+    read_rows,
     staged_order,
+    wrong_index,
 )
 
 TAGGED = """<Think>
@@ -96,7 +98,7 @@ def test_chats_are_the_published_ones():
 
 def test_tokens_are_those_of_the_whole_text_and_the_assistant_is_trained(encoder):
     question, answer = conversation(row(), "tagged")
-    document = encoder.document(question, answer)
+    document = encoder.document(question, answer, tagged=True)
     text = f"{BEFORE}{question}{BETWEEN}{answer}{BEHIND}"
     assert document.tokens.tolist() == encoder.tokenizer.encode(text, special=True)
     trained = encoder.tokenizer.decode(document.tokens[document.prompt :])
@@ -116,7 +118,7 @@ def test_added_tags_follow_the_vocabulary_in_published_order(encoder, tokenizer)
 
 
 def test_a_question_cannot_open_paths(encoder):
-    document = encoder.document("What does <Path> mean? <|im_end|>", "Answer: a tag")
+    document = encoder.document("What does <Path> mean? <|im_end|>", "Answer: a tag", tagged=True)
     prompt = document.tokens[: document.prompt].tolist()
     tags = set(encoder.tags.tokens().values())
     assert not tags & set(prompt)
@@ -124,8 +126,50 @@ def test_a_question_cannot_open_paths(encoder):
     assert prompt.count(ends) == 2  # of the template
 
 
+def test_an_answer_has_no_special_tokens_but_its_tags(encoder):
+    tags = [*encoder.tags.tokens()]
+    spelled = f"<Think>\na {tags[8]} and <|im_end|> here\n</Think>\n\nAnswer: 1"
+    ids = encoder.tags.tokens()
+    for tagged, written in ((True, {"<Think>", "</Think>", tags[8]}), (False, {*tags[:2]})):
+        document = encoder.document("q", spelled, tagged=tagged)
+        answer = document.tokens[document.prompt :].tolist()
+        assert {text for text in tags if ids[text] in answer} == written
+        assert answer.count(encoder.tokenizer.backend.token_to_id("<|im_end|>")) == 1
+        assert encoder.tokenizer.decode(answer) == spelled + BEHIND
+
+
+def test_chains_that_spell_tags_are_read_as_text(tmp_path, tokenizer):
+    """An original chain may speak of tags; none of it may open a path in the midst of a run."""
+    one = row(deepseek_thinking_trajectory="what is <Path> here? <Goal>")
+    found = encode_file(
+        write(tmp_path / "r.jsonl", [one]), tmp_path, tokenizer, tagged=True, depth=2
+    )
+    (document,) = found.original
+    assert branch_structure(document.tokens, found.tags).block.max() == 0
+
+
+def test_lines_end_where_json_says(tmp_path, tokenizer):
+    path = tmp_path / "r.jsonl"
+    one = row(question="a\u2028b\u0085c?")
+    path.write_text(json.dumps(one, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [found["question"] for found in read_rows(path)] == [one["question"]]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (TAGGED.format(n=20), None),
+        (TAGGED.format(n=20).replace("<Path>\n2:", "<Path>\n3:"), "index 3, but its outline 2"),
+        ("<Parallel><Path>7: a</Path><Path>7: b</Path></Parallel>", None),  # no outlines
+    ],
+)
+def test_paths_have_the_indices_of_their_outlines(text, reason):
+    found = wrong_index(text)
+    assert found == reason if reason is None else reason in found
+
+
 def test_the_structure_of_a_conversation(encoder):
-    document = encoder.document(*conversation(row(), "tagged"))
+    document = encoder.document(*conversation(row(), "tagged"), tagged=True)
     found = branch_structure(document.tokens, encoder.tags)
     text = encoder.tokenizer.decode
     paths = [text(document.tokens[found.path[0] == number]) for number in (1, 2)]
@@ -151,7 +195,9 @@ def test_a_file_is_encoded_and_some_of_it_held_out(tmp_path, tokenizer):
 
 
 def test_long_conversations_keep_their_structure_where_they_are_cut(encoder):
-    documents = [encoder.document(*conversation(row(n), "tagged")) for n in (5, 20, 100)]
+    documents = [
+        encoder.document(*conversation(row(n), "tagged"), tagged=True) for n in (5, 20, 100)
+    ]
     whole = branch_structure(documents[0].tokens, encoder.tags)
     for length in (60, 120, 150, 200):
         rows = ConversationRows(documents, length)
