@@ -50,7 +50,9 @@ def sizes(names: str) -> Callable[[str], tuple[int, ...]]:
     def read(text: str) -> tuple[int, ...]:
         parts = text.split("x")
         if len(parts) != len(names.split("x")) or not all(p.isdigit() and int(p) for p in parts):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {names}, e.g. with numbers above 0")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {names}; expected whole numbers above 0, with x between them"
+            )
         return tuple(int(p) for p in parts)
 
     return read

@@ -43,7 +43,7 @@ def unsupported(query: jax.Array, key: jax.Array, mask: Mask | None) -> str | No
     device = jax.devices()[0]
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return f"the kernels need an NVIDIA GPU, the default device is {device.device_kind}"
-    if float(device.compute_capability) != 9.0:
+    if str(device.compute_capability) != "9.0":  # of AMD's it is a name
         return (
             "the kernels need compute capability 9.0 (Hopper), "
             f"{device.device_kind} has {device.compute_capability}"

@@ -39,7 +39,7 @@ def unsupported(u: jax.Array) -> str | None:
     device = jax.devices()[0]
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return f"the fused GPU kernel needs an NVIDIA GPU, the default device is {device}"
-    if float(device.compute_capability) != 9.0:
+    if str(device.compute_capability) != "9.0":  # of AMD's it is a name
         return (
             "the fused GPU kernel needs compute capability 9.0 (Hopper), "
             f"{device.device_kind} has {device.compute_capability}"

@@ -6,6 +6,7 @@ recurrence (`affine.py`), and adds d (section 3). Every step makes at least one 
 so T steps always suffice; where the recurrence forgets, three or four do, whatever T.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,9 +33,10 @@ class SolveInfo(NamedTuple):
         them is not finite.
       converged: bool, the last correction was within the tolerance and everything is finite. Of
         the method itself: where it fell back it stays false, and the residual is small.
-      log_jacobian: mean of `log |J|` over the entries that are not zero: the recurrence forgets
-        where it is negative, and resists being solved for all times at once where it is positive
-        (arXiv 2508.16817).
+      log_jacobian: mean of `log |J|` over times and channels, |J| being the size of the number
+        that J is for a channel, or its spectral radius where it is a matrix. Zeros, where a reset
+        cuts, are left out. The recurrence forgets where it is negative, and resists being solved
+        for all times at once where it is positive (arXiv 2508.16817).
     """
 
     iterations: jax.Array
@@ -154,15 +156,40 @@ def health(states: Arrays, after: Arrays, jacobian: Matrix) -> tuple[jax.Array, 
     """`(residual, log_jacobian)` of `SolveInfo`."""
     residual = tuple(a - x for a, x in zip(after, states, strict=True))
     largest = _largest(residual, instead=jnp.inf)
-    entries = jax.tree.leaves(jacobian)
-    tiny = jnp.finfo(entries[0].dtype).tiny
-    square = jnp.concatenate([jnp.square(x).ravel() for x in entries])
-    flows = square > tiny  # zeros stand where a reset cuts, or where a block has none
-    logs = 0.5 * jnp.log(jnp.where(flows, square, 1))
+    # Sums of each array: joining them would bring states of all devices together.
+    radii = _log_radii(jacobian)
+    flows = [jnp.isfinite(x) for x in radii]
+    total = sum(jnp.sum(jnp.where(f, x, 0)) for f, x in zip(flows, radii, strict=True))
+    count = sum(jnp.sum(f) for f in flows)
     return (
         jnp.where(jnp.isfinite(largest), largest, jnp.nan),
-        jnp.sum(logs) / jnp.maximum(jnp.sum(flows), 1),
+        total / jnp.maximum(count, 1),
     )
+
+
+def _log_radii(jacobian: Matrix) -> Arrays:
+    """Log of the spectral radius of every matrix, by `|J^n|^(1/n)` with n = 64 (Gelfand); -inf of
+    one that is zero, or of which a power is."""
+
+    def log_size(j: Matrix) -> jax.Array:
+        entries = jax.tree.leaves(j)
+        if isinstance(j, tuple):
+            square = sum(jnp.square(x) for x in entries)
+        else:
+            square = jnp.sum(jnp.square(entries[0]), axis=(-2, -1))
+        return 0.5 * jnp.log(square)
+
+    if isinstance(jacobian, affine.Diagonal):
+        return tuple(jnp.log(jnp.abs(x)) for x in jacobian.entries)
+    found, power = jnp.zeros(()), 1
+    for _ in range(6):
+        # Scaled to 1, so that no power is too large or too small.
+        size = log_size(jacobian)
+        found, scale = found + size / power, jnp.exp(-jnp.where(jnp.isfinite(size), size, 0))
+        scale = scale if isinstance(jacobian, tuple) else scale[..., None, None]
+        jacobian = jax.tree.map(functools.partial(jnp.multiply, scale), jacobian)
+        jacobian, power = affine.compose(jacobian, jacobian), 2 * power
+    return (found + log_size(jacobian) / power,)
 
 
 # The cells of `cells.py`, all of whose states lie in [-1, 1].

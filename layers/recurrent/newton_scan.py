@@ -169,10 +169,11 @@ def _solve(matrix: Matrix, rhs: Arrays) -> Arrays:
 
 
 def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal") -> None:
-    """Raises ValueError if the Jacobian of `step` is not of the declared kind at this point.
+    """Raises ValueError if the Jacobian of `step` is not of the declared kind here and nearby.
 
     Compares the derivative along one random direction with what the declared Jacobian says of
-    it. Not inside jit or grad.
+    it: at the state, and at one that is off it by random numbers of size 1, since a state of
+    zeros hides products. Not inside jit or grad.
 
     Args:
       input: what `step` takes at one time.
@@ -186,8 +187,16 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
     def one(h: Arrays) -> Arrays:
         return _as_vector(step(restore(h), input), jacobian)[0]
 
-    keys = jax.random.split(jax.random.key(0), len(at))
-    along = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, at, strict=True))
+    def drawn(seed: int) -> Arrays:
+        keys = jax.random.split(jax.random.key(seed), len(at))
+        return tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, at, strict=True))
+
+    along, off = drawn(0), drawn(1)
+    for where in (at, tuple(x + y for x, y in zip(at, off, strict=True))):
+        _compare(one, where, along, jacobian)
+
+
+def _compare(one: Callable[[Arrays], Arrays], at: Arrays, along: Arrays, jacobian: str) -> None:
     true = jax.jvp(one, (at,), (along,))[1]
     said = affine.apply(_linearized(one, at, jacobian)[1], along)
     if any(isinstance(x, jax.core.Tracer) for x in (*true, *said)):

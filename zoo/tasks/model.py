@@ -10,7 +10,7 @@ from flax import nnx
 from hackle.layers import Embedding, Linear, RMSNorm, project_to_vocabulary
 from hackle.zoo.dense.modeling import DenseConfig, DenseLM
 from hackle.zoo.errors import UserError
-from hackle.zoo.pararnn.modeling import CELLS, RecurrentMixer
+from hackle.zoo.pararnn.modeling import CELLS, ParaRNNBlock, RecurrentMixer
 from hackle.zoo.tasks.setups import Setup
 
 MODELS = (*CELLS, "transformer")
@@ -22,13 +22,14 @@ TAPS = 4
 class TokenClassifier(nnx.Module):
     """embedding -> norm -> mixer -> norm -> head: `tokens [B, T] -> logits [B, T, C]`.
 
-    The mixer is that of the ParaRNN language model, or its cell alone. With the two norms the
-    parameter counts are those of the paper's table.
+    The mixer is that of the ParaRNN language model, or its cell alone; with an MLP, the model's
+    whole block stands for norm and mixer. With the two norms the parameter counts are those of
+    the paper's table, which it has for a cell alone.
 
     Args:
       cell: "gru" or "lstm".
       vocab_size, classes: V, C.
-      cell_only, add_positions: as in `Setup`.
+      cell_only, mlp_width, add_positions: as in `Setup`.
       method: of the recurrence, as `hackle.layers.recurrent.gru` takes it.
     """
 
@@ -39,20 +40,24 @@ class TokenClassifier(nnx.Module):
         classes: int,
         *,
         cell_only: bool,
+        mlp_width: int,
         add_positions: bool,
         method: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.embedding = Embedding(vocab_size, WIDTH, init_std=1.0, rngs=rngs)
-        self.norm = RMSNorm(WIDTH, rngs=rngs)
         kind: Any = CELLS[cell]
-        self.mixer = (
-            kind(WIDTH, WIDTH, heads=HEADS, method=method, rngs=rngs)
-            if cell_only
-            else RecurrentMixer(
-                kind, WIDTH, heads=HEADS, taps=TAPS, norm_eps=1e-6, method=method, rngs=rngs
+        around = dict(heads=HEADS, taps=TAPS, norm_eps=1e-6, method=method, rngs=rngs)
+        if mlp_width:
+            self.block = ParaRNNBlock(kind, WIDTH, mlp_width, **around)
+        else:
+            self.block = None
+            self.norm = RMSNorm(WIDTH, rngs=rngs)
+            self.mixer = (
+                kind(WIDTH, WIDTH, heads=HEADS, method=method, rngs=rngs)
+                if cell_only
+                else RecurrentMixer(kind, WIDTH, **around)
             )
-        )
         self.final_norm = RMSNorm(WIDTH, rngs=rngs)
         self.head = Linear((WIDTH,), (classes,), ("embed", "vocab"), rngs=rngs)
         self.cell_only = cell_only
@@ -63,8 +68,11 @@ class TokenClassifier(nnx.Module):
         x = self.embedding(tokens)
         if self.add_positions:
             x = x + sinusoids(tokens.shape[1], WIDTH)
-        x = self.mixer(self.norm(x))
-        x = x[0] if self.cell_only else x  # a cell gives its last state besides
+        if self.block is not None:
+            x = self.block(x)
+        else:
+            x = self.mixer(self.norm(x))
+            x = x[0] if self.cell_only else x  # a cell gives its last state besides
         return project_to_vocabulary(self.final_norm(x), self.head.weight[...])
 
 
@@ -94,6 +102,7 @@ def make_model(
             task.vocab_size,
             task.classes,
             cell_only=setup.cell_only,
+            mlp_width=setup.mlp_width,
             add_positions=setup.add_positions,
             method=method,
             rngs=rngs,

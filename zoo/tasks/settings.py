@@ -1,6 +1,7 @@
 """How a model is trained on a task, as numbers."""
 
 import dataclasses
+import math
 
 from hackle.zoo.errors import UserError
 
@@ -47,8 +48,8 @@ class Settings:
             raise UserError(f"batch={self.batch}; expected at most train_rows={self.train_rows}")
         if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
             raise UserError(f"stop_after={self.stop_after}; expected 1 to epochs={self.epochs}")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate={self.learning_rate}; expected more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate={self.learning_rate}; expected a number above 0")
         for name in ("weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}; expected at least 0")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hackle.layers.recurrent import cells, newton
+from hackle.layers import recurrent
+from hackle.layers.recurrent import cells, newton, newton_scan
 from tests.layers.recurrent.reference import (
     CELLS,
     STEPS,
@@ -99,13 +100,31 @@ def test_info_is_what_it_says(cell):
             for a, x in zip(after, states, strict=True)
         )
         # Channel by channel the Jacobian has one entry for each pair of state arrays.
-        logs = []
+        columns = []
         for k in range(len(before)):
             ones = [np.full_like(x, float(i == k)) for i, x in enumerate(before)]
-            columns = jax.jvp(step, (before,), (ones,))[1]
-            logs += [np.log(np.abs(x)) for x in columns]
+            columns.append(np.stack([np.asarray(x) for x in jax.jvp(step, (before,), (ones,))[1]]))
+        matrices = np.moveaxis(np.stack(columns, 1), (0, 1), (-2, -1))
+        radii = np.abs(np.linalg.eigvals(matrices)).max(-1)
     assert float(info.residual) == pytest.approx(residual, rel=1e-4) and residual > 1e-3
-    assert float(info.log_jacobian) == pytest.approx(np.mean(logs), abs=1e-4)
+    # Of matrices the 64th power tells, up to a factor that is of the size of their condition.
+    near = 1e-4 if cell == "gru" else 2e-2
+    assert float(info.log_jacobian) == pytest.approx(np.log(radii).mean(), abs=near)
+
+
+def test_log_jacobian_of_a_memory_and_of_a_dense_cell():
+    """What an LSTM keeps is in one of its two numbers; a rotation has entries near 0."""
+    u = jnp.zeros((1, 64, 3, 4)).at[:, :, 0].set(4.0)  # forget gates at 0.98
+    states = (jnp.full((1, 4), 0.5), jnp.zeros((1, 4)))
+    weights = jnp.zeros((3, 4)), jnp.zeros((2, 4))
+    kept = recurrent.lstm_with_info(u, *weights, states, method="scan")[2]
+    assert float(kept.log_jacobian) == pytest.approx(np.log(jax.nn.sigmoid(4.0)), abs=2e-2)
+    angle = 1.5
+    turn = 1.2 * jnp.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    info = newton_scan(lambda h, x: turn @ h + x, jnp.zeros((9, 2)), jnp.ones(2), jacobian="dense")[
+        1
+    ]
+    assert float(info.log_jacobian) == pytest.approx(np.log(1.2), abs=1e-2)
 
 
 def test_log_jacobian_is_negative_where_the_past_is_forgotten():

@@ -327,6 +327,12 @@ def test_check_jacobian_tells_kinds_apart():
             checked(kind, narrow)
 
 
+def test_check_jacobian_looks_around():
+    """A product of channels is flat at 0."""
+    with pytest.raises(ValueError, match="Jacobian of the step is not 'diagonal'"):
+        check_jacobian(lambda h, x: jnp.tanh(h * jnp.roll(h, 1) + x), jnp.zeros(4), jnp.zeros(4))
+
+
 def test_what_is_declared_too_narrowly_still_converges():
     """Quasi-Newton: exact states by causality, as the docstring says; more iterations."""
     given = draw("block")

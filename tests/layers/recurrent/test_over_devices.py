@@ -120,6 +120,25 @@ def test_only_borders_travel(cell):
 
 
 @pytest.mark.devices(8)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_the_info_needs_no_more_than_borders(cell):
+    sizes = []
+    for time in (512, 1024):
+        u, weights, initial, reset, _ = arguments(cell, time, 0.9)
+
+        def run(u, weights, initial, reset):
+            solve = getattr(recurrent, f"{cell}_with_info")
+            return solve(u, *weights, initial, reset=reset, method="scan")[2]
+
+        spread, text = over(mesh(seq=8), run, u, weights, initial, reset)
+        sizes.append(collectives(text))
+        alone = jax.jit(run)(u, weights, initial, reset)
+        chex.assert_trees_all_close(spread[1:], alone[1:], atol=1e-6)
+    assert sizes[0] == sizes[1]  # whatever T
+    assert sizes[0]["all-gather"] == 8 * BATCH * WIDTH
+
+
+@pytest.mark.devices(8)
 def test_channels_and_rows_need_nothing():
     u, weights, initial, reset, _ = arguments("gru", 64, 0.9)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import chex
 import jax
@@ -156,7 +157,8 @@ def test_training_stops_when_all_is_right():
         (dict(epochs=0), "epochs=0; expected at least 1"),
         (dict(batch=17, train_rows=16), "batch=17; expected at most train_rows=16"),
         (dict(stop_after=9, epochs=8), "stop_after=9; expected 1 to epochs=8"),
-        (dict(learning_rate=0.0), "learning_rate=0.0; expected more than 0"),
+        (dict(learning_rate=0.0), "learning_rate=0.0; expected a number above 0"),
+        (dict(learning_rate=math.nan), "learning_rate=nan; expected a number above 0"),
         (dict(weight_decay=-1.0), "weight_decay=-1.0; expected at least 0"),
         (dict(state_clip=0.0), "state_clip=0.0; expected more than 0"),
         (dict(seed=-1), "seed=-1; expected at least 0"),
