@@ -47,11 +47,9 @@ class TokenClassifier(nnx.Module):
     ):
         self.embedding = Embedding(vocab_size, WIDTH, init_std=1.0, rngs=rngs)
         kind: Any = CELLS[cell]
-        around = dict(heads=HEADS, taps=TAPS, norm_eps=1e-6, method=method, rngs=rngs)
-        if mlp_width:
-            self.block = ParaRNNBlock(kind, WIDTH, mlp_width, **around)
-        else:
-            self.block = None
+        around: Any = dict(heads=HEADS, taps=TAPS, norm_eps=1e-6, method=method, rngs=rngs)
+        self.block = ParaRNNBlock(kind, WIDTH, mlp_width, **around) if mlp_width else None
+        if not mlp_width:
             self.norm = RMSNorm(WIDTH, rngs=rngs)
             self.mixer = (
                 kind(WIDTH, WIDTH, heads=HEADS, method=method, rngs=rngs)

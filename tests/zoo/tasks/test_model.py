@@ -24,7 +24,7 @@ def test_sizes_on_parity_are_the_papers(name, thousands):
     assert round(size(model) / 1000, 1) == thousands
 
 
-@pytest.mark.parametrize("task", ["parity", "keep-nth", "1-hop"])
+@pytest.mark.parametrize("task", ["parity", "keep-nth", "1-hop", "2-hop"])
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_do_not_depend_on_later_tokens(name, task):
     made = setup(task, length=12)
