@@ -304,9 +304,14 @@ def _refuse_not_finite(name: str, arrays: jax.Array | Arrays) -> None:
     for x in jax.tree.leaves(arrays):
         if not isinstance(x, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # it may be a constant of a jitted function
-                finite = bool(jnp.all(jnp.isfinite(x)))
-            if not finite:
-                raise ValueError(f"{name} has entries that are not finite")
+                finite = jnp.isfinite(x)
+                if bool(jnp.all(finite)):
+                    continue
+                at = np.unravel_index(int(jnp.argmin(finite)), x.shape)
+                raise ValueError(
+                    f"{name} has entries that are not finite; the first is {x[at]} at "
+                    f"{tuple(map(int, at))}"
+                )
 
 
 def _report(name: str, method: str, info: SolveInfo) -> None:
