@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def asked_of(setup: "Setup", method: str | None) -> dict[str, Any]:
     """What a result depends on, but for its task and model."""
-    return dataclasses.asdict(setup.training) | {"length": setup.task.length, "method": method}
+    form = {"length": setup.task.length, "mlp_width": setup.mlp_width, "method": method}
+    return dataclasses.asdict(setup.training) | form
 
 
 def train_missing(
