@@ -61,6 +61,24 @@ def logits(model, tokens):
     return np.asarray(run(model, rows, branches=branch_structure(rows, TAGS)))[0]
 
 
+def wide(model, rows, **given):
+    """Features in float64, where what is equal differs by rounding of 1e-15 alone."""
+    with jax.enable_x64(True):
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float64), state))
+        return np.asarray(_features(model, rows, **given))
+
+
+@nnx.jit
+def _features(model, tokens, **given):
+    return model.features(tokens, **given)
+
+
+def features(model, tokens):
+    rows = np.asarray([tokens], np.int32)
+    return wide(model, rows, branches=branch_structure(rows, TAGS))[0]
+
+
 def test_the_document_is_one_of_three_depths():
     assert branch_structure(np.array(DOCUMENT), TAGS).block.shape == (3, len(DOCUMENT))
     assert len(DOCUMENT) < SIZES["max_length"]
@@ -90,7 +108,7 @@ def test_logits_are_those_of_the_written_out_mask_and_positions(trunk):
 def test_a_path_is_what_it_is_alone_behind_what_it_sees(trunk):
     """A dense model on the visible tokens alone, at their positions, predicts the same."""
     model = make(trunk)
-    found = logits(model, DOCUMENT)
+    found = features(model, DOCUMENT)
     dense, visible, positions = as_dense(model), sees(DOCUMENT), positions_of(DOCUMENT)
     # Those that see no two siblings: else what they see is no plain text.
     chain = [visible[np.ix_(seen, seen)].sum() for seen in map(np.flatnonzero, visible)]
@@ -103,12 +121,12 @@ def test_a_path_is_what_it_is_alone_behind_what_it_sees(trunk):
         rows[0, row, : seen.size] = np.array(DOCUMENT)[seen]
         rows[1, row, : seen.size] = positions[seen]
         rows[2, row, : seen.size] = 1
-    alone = run(dense, rows[0], positions=rows[1], segment_ids=rows[2])
+    alone = wide(dense, rows[0], positions=rows[1], segment_ids=rows[2])
     last = rows[2].sum(axis=1) - 1
-    alone = np.asarray(alone)[np.arange(len(chosen)), last]
-    np.testing.assert_allclose(found[chosen], alone, atol=1e-5, rtol=0)
+    alone = alone[np.arange(len(chosen)), last]
+    np.testing.assert_allclose(found[chosen], alone, atol=1e-12, rtol=0)
     # With plain causal attention over everything it is not so.
-    plain = np.asarray(run(dense, np.asarray([DOCUMENT])))[0]
+    plain = wide(dense, np.asarray([DOCUMENT]))[0]
     assert np.abs(plain[chosen] - alone).max() > 0.1
 
 
@@ -131,9 +149,9 @@ def test_order_of_paths_does_not_matter_behind_the_block():
 
     def behind(order):
         document = [*block(goals, [paths[i] for i in order], text(6, 3)), *after]
-        return logits(model, document)[-len(after) - 4 :]
+        return features(model, document)[-len(after) - 4 :]
 
-    np.testing.assert_allclose(behind([0, 1, 2]), behind([2, 0, 1]), atol=1e-5)
+    np.testing.assert_allclose(behind([0, 1, 2]), behind([2, 0, 1]), atol=1e-12)
 
 
 def test_packed_documents_equal_separate_ones():
@@ -142,10 +160,10 @@ def test_packed_documents_equal_separate_ones():
     row = np.asarray([[*first, *second, 0, 0]], np.int32)
     segments = np.asarray([[1] * len(first) + [2] * len(second) + [0, 0]], np.int32)
     branches = branch_structure(row, TAGS, segment_ids=segments)
-    packed = np.asarray(run(model, row, segment_ids=segments, branches=branches))[0]
-    np.testing.assert_allclose(packed[: len(first)], logits(model, first), atol=1e-5)
-    separate = logits(model, second)
-    np.testing.assert_allclose(packed[len(first) : -2], separate, atol=1e-5)
+    packed = wide(model, row, segment_ids=segments, branches=branches)[0]
+    np.testing.assert_allclose(packed[: len(first)], features(model, first), atol=1e-12)
+    separate = features(model, second)
+    np.testing.assert_allclose(packed[len(first) : -2], separate, atol=1e-12)
 
 
 def test_the_loss_of_a_path_has_no_gradient_in_its_siblings():
