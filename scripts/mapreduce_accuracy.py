@@ -103,10 +103,11 @@ def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
     Raises:
       UserError: the recipe is of no model that branches on generated problems.
     """
-    from hackle.zoo import registry
+    from hackle import pjit_configs
     from hackle.zoo.errors import UserError
     from hackle.zoo.mapreduce import SETS
     from hackle.zoo.train.loop import run as train_one
+    from hackle.zoo.train.plan import model_config
     from hackle.zoo.train.recipes import recipe, sequential
 
     first = recipe(args.recipe or RECIPE).set(args.set)
@@ -115,8 +116,8 @@ def train(args: argparse.Namespace, until: float) -> dict[int, Pair] | None:
             f"corpus={first.corpus!r} with packing={first.packing!r}; "
             f"expected one of {', '.join(SETS)} with packing={PACKINGS['parallel']!r}"
         )
-    most = registry.entry(first.model).config.max_length
-    require_room(args, first.corpus, first.overrides.get("max_length", most))
+    config = model_config(first, pjit_configs.preset(first.preset))
+    require_room(args, first.corpus, config.max_length)
     pairs = {}
     for seed in range(first.seed, first.seed + (args.seeds or 1)):
         one = first.replace(seed=seed)
@@ -160,13 +161,14 @@ def by_seed(args: argparse.Namespace, pairs: list[Pair]) -> dict[int, Pair]:
         runs = identities(pair)
         require_pair(pair, runs)
         known.append(runs["parallel"]["recipe"])
-        require_room(args, known[-1]["corpus"], runs["parallel"]["model"]["config"]["max_length"])
         seed = known[-1]["seed"]
         if seed in found:
             raise UserError(f"--runs: two pairs of seed {seed}; expected another seed for each")
         found[seed] = pair
         folders = (pairs[0]["parallel"], pair["parallel"])
         require_same(folders, (known[0], known[-1]), but="seed")
+    # One model and one corpus, whatever the seed.
+    require_room(args, known[0]["corpus"], runs["parallel"]["model"]["config"]["max_length"])
     return found
 
 

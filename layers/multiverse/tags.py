@@ -122,6 +122,13 @@ class Tags:
                 found[f"</{tag.word}>"] = tag.close
         return found
 
+    def beyond(self, rows: int) -> str | None:
+        """The first tag without a row in a table of `rows` rows, in words; None if all have one."""
+        for text, token in self.tokens().items():
+            if token >= rows:
+                return f"tag {text} has token id {token}"
+        return None
+
     def located(self, token_id: Callable[[str], int | None]) -> "Tags":
         """The same tags at the ids that a tokenizer gives their texts.
 
@@ -161,10 +168,10 @@ def embed_tags(table: jax.Array, tags: Tags, encode: Callable[[str], Sequence[in
     """
     tokens = tags.tokens()
     rows = table.shape[0]
+    if (reason := tags.beyond(rows)) is not None:
+        raise ValueError(f"{reason}, but the table has {rows} rows")
     words: list[np.ndarray] = []
-    for text, token in tokens.items():
-        if token >= rows:
-            raise ValueError(f"tag {text} has token id {token}, but the table has {rows} rows")
+    for text in tokens:
         word = np.asarray(encode(text.strip("<>")), np.int64)
         if word.size == 0 or np.isin(word, list(tokens.values())).any() or word.max() >= rows:
             raise ValueError(

@@ -179,8 +179,10 @@ def _log_radii(jacobian: Matrix) -> Arrays:
             square = jnp.sum(jnp.square(entries[0]), axis=(-2, -1))
         return 0.5 * jnp.log(square)
 
-    if isinstance(jacobian, affine.Diagonal):
-        return tuple(jnp.log(jnp.abs(x)) for x in jacobian.entries)
+    if isinstance(jacobian, affine.Diagonal) or (
+        isinstance(jacobian, tuple) and len(jacobian) == 1
+    ):
+        return tuple(jnp.log(jnp.abs(x)) for x in jax.tree.leaves(jacobian))
     found, power = jnp.zeros(()), 1
     for _ in range(6):
         # Scaled to 1, so that no power is too large or too small.

@@ -197,6 +197,7 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
 
 
 def _compare(one: Callable[[Arrays], Arrays], at: Arrays, along: Arrays, jacobian: str) -> None:
+    """Raises ValueError unless the declared Jacobian at `at` gives the derivative along `along`."""
     true = jax.jvp(one, (at,), (along,))[1]
     said = affine.apply(_linearized(one, at, jacobian)[1], along)
     if any(isinstance(x, jax.core.Tracer) for x in (*true, *said)):

@@ -119,12 +119,8 @@ def stream_branches(
     tags = getattr(model.config, "tags", None) if tags is None else tags
     if tags is None:
         raise UserError(f"{type(model.config).__name__} has no tags; say which tokens they are")
-    for text, token in tags.tokens().items():
-        if token >= model.config.vocab_size:
-            raise UserError(
-                f"tag {text} has token id {token}; the vocabulary is "
-                f"0..{model.config.vocab_size - 1}"
-            )
+    if (reason := tags.beyond(model.config.vocab_size)) is not None:
+        raise UserError(f"{reason}; the vocabulary is 0..{model.config.vocab_size - 1}")
     writer = Writer(
         prompt,
         tags=tags,

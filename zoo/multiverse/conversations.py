@@ -142,8 +142,8 @@ def wrong_index(text: str) -> str | None:
     """Which path has another index than the outline in its place, in words; None if there is none.
 
     Args:
-      text: a tagged chain that follows the grammar. An index is what "1.2" is in "1.2: ...";
-        outlines and paths without one are not compared.
+      text: a tagged chain that follows the grammar. An index is the number, or numbers with dots,
+        that an outline or a path begins with; those without one are not compared.
     """
     announced: list[list[str]] = []  # indices of the outlines of each open block
     for match in _INDEXED.finditer(text):
@@ -249,8 +249,8 @@ def encode_file(
 
     Raises:
       UserError: see `read_rows` and `Encoder`; a chain that does not follow the grammar, or whose
-        paths have other indices than their outlines (names the line's number among the rows, the
-        field, and the token); no row to train on.
+        paths have other indices than their outlines (names the line's number among the rows, and
+        the token or the index); no row to train on.
     """
     rows = read_rows(path)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -104,11 +104,8 @@ class MultiverseLM(CausalDecoder):
     """
 
     def __init__(self, config: MultiverseConfig, *, rngs: nnx.Rngs):
-        for text, token in config.tags.tokens().items():
-            if token >= config.vocab_size:
-                raise ValueError(
-                    f"tag {text} has token id {token}, but vocab_size={config.vocab_size}"
-                )
+        if (reason := config.tags.beyond(config.vocab_size)) is not None:
+            raise ValueError(f"{reason}, but vocab_size={config.vocab_size}")
         super().__init__(
             vocab_size=config.vocab_size,
             width=config.width,

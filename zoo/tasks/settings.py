@@ -51,7 +51,7 @@ class Settings:
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate={self.learning_rate}; expected a number above 0")
         for name in ("weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor is it NaN
                 raise UserError(f"{name}={getattr(self, name)}; expected at least 0")
-        if self.state_clip is not None and self.state_clip <= 0:
+        if self.state_clip is not None and not self.state_clip > 0:
             raise UserError(f"state_clip={self.state_clip}; expected more than 0")

@@ -6,7 +6,7 @@ rate 5e-4. Cycle navigation, modular arithmetic and A5 are not in its first vers
 
 import dataclasses
 
-from hackle.zoo.errors import unknown
+from hackle.zoo.errors import UserError, unknown
 from hackle.zoo.tasks.memory import Hops, KeepNth, Recall
 from hackle.zoo.tasks.settings import Settings
 from hackle.zoo.tasks.state_tracking import A5, CycleNavigation, ModularArithmetic, Parity
@@ -20,8 +20,11 @@ class Setup:
     Attributes:
       cell_only: no convolution, norm, gate or output projection around the cell.
       mlp_width: of the MLP behind the mixer, both with a residual, as in the language model's
-        block; 0 is the mixer alone.
+        block; 0 is the mixer alone, and the only width beside `cell_only`.
       add_positions: sinusoids are added to the embedded tokens.
+
+    Raises:
+      UserError: an MLP beside `cell_only`.
     """
 
     task: Task
@@ -29,6 +32,10 @@ class Setup:
     mlp_width: int = 0
     add_positions: bool = False
     training: Settings = dataclasses.field(default_factory=Settings)
+
+    def __post_init__(self):
+        if self.cell_only and self.mlp_width:
+            raise UserError(f"mlp_width={self.mlp_width} with cell_only; expected 0")
 
 
 # A state that never fades needs a state matrix without a bound: parity cannot be solved with one.

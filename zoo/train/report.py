@@ -157,7 +157,6 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
-    seen: list[float] = []
     for index, (label, folder) in enumerate(runs.items()):
         entries = read_metrics(folder)
         color = f"C{index}"
@@ -166,7 +165,6 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path) -> Path:
             xs, ys = zip(*train, strict=True)
             axes.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(xs, _smooth(ys), color=color, label=f"{label}: training, smoothed")
-            seen += ys
         checks = [
             (e["tokens"], e["validation_loss"])
             for e in entries
@@ -175,9 +173,8 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path) -> Path:
         if checks:
             xs, ys = zip(*checks, strict=True)
             axes.plot(xs, ys, "o--", color=color, label=f"{label}: validation")
-            seen += ys
-    finite = [value for value in seen if math.isfinite(value)]
-    if finite and 0 < 10 * min(finite) < max(finite):
+    least, most = axes.dataLim.intervaly  # of what is finite
+    if 0 < 10 * least < most:
         axes.set_yscale("log")
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss, nats a token")

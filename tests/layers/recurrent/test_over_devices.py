@@ -103,39 +103,40 @@ def test_devices_equal_one(cell, method, size, where):
     jax.tree.map(close, spread, alone)
 
 
+def spread_over_time(cell: str, f):
+    """What `f` gives with time over eight devices, for each of two lengths beside its arguments,
+    and its collectives, which are the same for both."""
+    runs, sizes = [], []
+    for time in (512, 1024):
+        given = arguments(cell, time, 0.9)
+        result, text = over(mesh(seq=8), f, *given)
+        runs.append((given, result))
+        sizes.append(collectives(text))
+    assert sizes[0] == sizes[1]  # whatever T
+    return runs, sizes[0]
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_only_borders_travel(cell):
-    sizes = []
-    for time in (512, 1024):
-        u, weights, initial, reset, given = arguments(cell, time, 0.9)
-        f = functools.partial(gradients, cell, "scan")
-        _, text = over(mesh(seq=8), f, u, weights, initial, reset, given)
-        sizes.append(collectives(text))
-    assert sizes[0] == sizes[1]  # whatever T
+    _, sizes = spread_over_time(cell, functools.partial(gradients, cell, "scan"))
     # The largest: the rows of u from which a device guesses its entry, and N x N products of all.
-    assert sizes[0]["collective-permute"] == BATCH * 64 * 3 * WIDTH
-    assert sizes[0]["all-gather"] == 8 * BATCH * WIDTH
-    assert sizes[0]["all-reduce"] <= 5 * WIDTH * BATCH
+    assert sizes["collective-permute"] == BATCH * 64 * 3 * WIDTH
+    assert sizes["all-gather"] == 8 * BATCH * WIDTH
+    assert sizes["all-reduce"] <= 5 * WIDTH * BATCH
 
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_the_info_needs_no_more_than_borders(cell):
-    sizes = []
-    for time in (512, 1024):
-        u, weights, initial, reset, _ = arguments(cell, time, 0.9)
+    def info(u, weights, initial, reset, _):
+        solve = getattr(recurrent, f"{cell}_with_info")
+        return solve(u, *weights, initial, reset=reset, method="scan")[2]
 
-        def run(u, weights, initial, reset):
-            solve = getattr(recurrent, f"{cell}_with_info")
-            return solve(u, *weights, initial, reset=reset, method="scan")[2]
-
-        spread, text = over(mesh(seq=8), run, u, weights, initial, reset)
-        sizes.append(collectives(text))
-        alone = jax.jit(run)(u, weights, initial, reset)
-        chex.assert_trees_all_close(spread[1:], alone[1:], atol=1e-6)
-    assert sizes[0] == sizes[1]  # whatever T
-    assert sizes[0]["all-gather"] == 8 * BATCH * WIDTH
+    runs, sizes = spread_over_time(cell, info)
+    for given, spread in runs:
+        chex.assert_trees_all_close(spread[1:], jax.jit(info)(*given)[1:], atol=1e-6)
+    assert sizes["all-gather"] == 8 * BATCH * WIDTH
 
 
 @pytest.mark.devices(8)

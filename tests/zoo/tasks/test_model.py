@@ -1,5 +1,6 @@
 """The one-layer models: sizes of the paper's table, causality, positions."""
 
+import dataclasses
 import math
 
 import jax
@@ -62,3 +63,8 @@ def test_positions_are_told_apart_only_where_they_are_added():
 def test_unknown_model():
     with pytest.raises(UserError, match="unknown model 'rnn'; expected one of gru, lstm, trans"):
         make_model("rnn", SETUPS["parity"], rngs=nnx.Rngs(0))
+
+
+def test_a_cell_alone_has_no_mlp():
+    with pytest.raises(UserError, match="mlp_width=8 with cell_only; expected 0"):
+        dataclasses.replace(SETUPS["parity"], mlp_width=8)

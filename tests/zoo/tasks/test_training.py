@@ -160,6 +160,8 @@ def test_training_stops_when_all_is_right():
         (dict(learning_rate=0.0), "learning_rate=0.0; expected a number above 0"),
         (dict(learning_rate=math.nan), "learning_rate=nan; expected a number above 0"),
         (dict(weight_decay=-1.0), "weight_decay=-1.0; expected at least 0"),
+        (dict(weight_decay=math.nan), "weight_decay=nan; expected at least 0"),
+        (dict(state_clip=math.nan), "state_clip=nan; expected more than 0"),
         (dict(state_clip=0.0), "state_clip=0.0; expected more than 0"),
         (dict(seed=-1), "seed=-1; expected at least 0"),
     ],
