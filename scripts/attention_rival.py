@@ -5,7 +5,7 @@ import statistics
 import time
 from typing import Any
 
-import recurrent_rows
+import clock
 from attention_rows import Case, Tokens, check, sampled_rows, shapes
 
 IMPLEMENTATIONS = ("torch-flex", "torch-cudnn")
@@ -119,7 +119,7 @@ class Rival:
         return out, torch.autograd.grad(out, wide, dout[:, :, rows].float())
 
     def _seconds(self, call) -> float:
-        """As `recurrent_rows.seconds`."""
+        """As `clock.seconds`; its calls are long, so that the host keeps up."""
         torch, rounds = self.torch, []
         call()
         torch.cuda.synchronize()
@@ -127,8 +127,8 @@ class Rival:
         call()
         torch.cuda.synchronize()
         once = time.perf_counter() - start
-        calls = max(1, min(400, int(recurrent_rows.ROUND_SECONDS / once)))
-        for _ in range(recurrent_rows.ROUNDS):
+        calls = max(1, min(400, int(clock.ROUND_SECONDS / once)))
+        for _ in range(clock.ROUNDS):
             start = time.perf_counter()
             for _ in range(calls):
                 call()

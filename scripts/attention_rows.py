@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from recurrent_rows import compile_each, seconds
+from clock import seconds
+from recurrent_rows import compile_each
 
 KINDS = ("causal", "branch", "quarter", "packed")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -18,8 +18,8 @@ import attention_rival
 import report
 from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, measured
 from cli import run, sizes
+from clock import ROUNDS
 from hackle.zoo.errors import UserError
-from recurrent_rows import ROUNDS
 
 EXAMPLES = """examples:
   python scripts/bench_attention.py --quick
@@ -142,7 +142,7 @@ def pages(args, rows: list[dict[str, Any]], left_out: int) -> list[str]:
         "causal; `branch`: blocks of 256 shared tokens, 4 sibling paths of 448, 128 tokens after "
         "them; `quarter`: one block of 4 equal paths; `packed`: 8 documents of random lengths. "
         "TFLOP/s count visible pairs alone: 4 E H of them forward, 14 E H forward and backward. "
-        f"Medians of {ROUNDS} rounds of calls in flight. `x cudnn` is the time over that of the "
+        f"Medians of {ROUNDS} rounds of calls. `x cudnn` is the time over that of the "
         "causal attention of cuDNN in JAX at the same size, `x flex` over that of FlexAttention "
         "with the same mask. Ours makes its plan of tiles in every call; the block mask of "
         f"FlexAttention is made once, before its clock starts. Errors: relative, of some {SAMPLED} "

@@ -18,14 +18,15 @@ from typing import Any
 import recurrent_rival
 import report
 from cli import run, sizes
+from clock import ROUNDS
 from hackle.zoo.errors import UserError
 from recurrent_devices import devices_row
 from recurrent_rows import (
     DTYPES,
     HEADS,
-    ROUNDS,
     SAMPLED,
     STATES,
+    UNROLLED,
     Case,
     compile_ahead,
     copy_rate,
@@ -202,7 +203,9 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         "forward and s(3 + n + 1 + 3) backward per batch row, time and channel, with s bytes a "
         "number and n arrays of state (1 in a GRU, 2 in an LSTM). State weights are 0.5 N(0, 1), "
         "pre-activations N(0, 1), first states random. Medians of "
-        f"{ROUNDS} rounds of calls in flight; inputs that would stay in the cache are rotated. "
+        f"{ROUNDS} rounds of calls; inputs that would stay in the cache are rotated. A short "
+        f"one is timed as {UNROLLED} in one program, and a GPU's clock starts when calls wait in "
+        "its queue, so that the host's time does not count. "
         f"Errors: largest of {SAMPLED} channels in all rows and at all times against float64; of "
         "gradients (pre-activations, weights, first state) over the largest entry. The rival's raw "
         "kernels start from zero and give no final state; its adjoint is the solve alone, without "

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import recurrent_reference as reference
+from clock import seconds
 from recurrent_rows import (
     FINAL_ERROR,
     GRADIENT_ERROR,
@@ -15,7 +16,6 @@ from recurrent_rows import (
     random_array,
     recurrence,
     require,
-    seconds,
     state_arrays,
 )
 

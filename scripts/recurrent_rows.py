@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import recurrent_reference as reference
+from clock import on_gpu, seconds
 
 DTYPES = ("float32", "bfloat16")
 # Largest error of a state (their size is at most 1), and of a gradient over its largest entry.
@@ -30,11 +29,12 @@ ARRAYS = {"gru": {"forward": 4, "backward": 8}, "lstm": {"forward": 5, "backward
 STATES = {"gru": 1, "lstm": 2}
 SAMPLED = 8  # channels of a check, in all rows of the batch
 HEADS = 8
-ROUNDS = 7
-ROUND_SECONDS = 0.03
 BEYOND_CACHE = 120e6  # bytes of inputs to go round in, so that none is still in a GPU's cache
 MOST_PROGRAMS = 4
-UNROLLED = 4  # recurrences in one program where one is too short for the host to keep up
+# Recurrences in one program where one is short, as in a model of many layers: what a GPU waits
+# between two programs is no part of a kernel.
+UNROLLED = 4
+SHORT = 1e9  # bytes: a quarter of a millisecond or so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,12 +336,6 @@ def layer_programs(case: Case):
 # --- arrays and clocks ---------------------------------------------------------------------------
 
 
-def on_gpu() -> bool:
-    import jax
-
-    return jax.default_backend() == "gpu"
-
-
 def random_array(seed: int, case: Case, *gates: int):
     """N(0, 1) of shape `[B, T, *gates, D]` in the dtype of `case`, on the device."""
     import jax
@@ -371,7 +365,7 @@ def _channels():
 def input_sets(case: Case, what: str) -> int:
     """How many sets of inputs to go round in: one, or enough for some programs."""
     size = case.bytes(what)
-    if not on_gpu() or size >= BEYOND_CACHE:
+    if not on_gpu() or size >= SHORT:
         return 1
     programs = -(-BEYOND_CACHE // (size * UNROLLED))
     return UNROLLED * min(MOST_PROGRAMS, int(programs))
@@ -391,26 +385,6 @@ def require(case: Case, what: str) -> None:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and size > limit:
         raise TooLarge(f"{what} needs {size / 2**30:.1f} GiB, JAX has {limit / 2**30:.1f}")
-
-
-def seconds(call, arguments: list) -> float:
-    """Median seconds of one `call(argument)`, many in flight between two synchronisations."""
-    import jax
-
-    for argument in arguments:
-        jax.block_until_ready(call(argument))
-    start = time.perf_counter()
-    jax.block_until_ready(call(arguments[0]))
-    calls = max(1, min(400, int(ROUND_SECONDS / (time.perf_counter() - start))))
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for i in range(calls):
-            out = None  # room for the next result
-            out = call(arguments[i % len(arguments)])
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
 
 
 def timed(program, state, groups, what: str, case: Case, rate: float) -> dict[str, Any]:

@@ -96,21 +96,22 @@ def result(name: str, setup: "Setup", model: str, method: str | None, seconds: f
     }
 
 
-def kept(path: Path, asked: dict[str, Any]) -> dict | None:
+def kept(path: Path, asked: dict[str, Any], parameters: int) -> dict | None:
     """The result at `path`, if there is one.
 
     Raises:
-      UserError: it is of other settings than `asked`.
+      UserError: it is of other settings than `asked`, or of a model of another size.
     """
     from hackle.zoo.errors import UserError
 
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    settings = found["settings"]
-    other = [key for key in asked if settings.get(key) != asked[key]]
+    made = found["settings"] | {"parameters": found["parameters"]}
+    asked = asked | {"parameters": parameters}
+    other = [key for key in asked if made.get(key) != asked[key]]
     if other:
-        there = ", ".join(f"{key}={settings.get(key)}" for key in other)
+        there = ", ".join(f"{key}={made.get(key)}" for key in other)
         raise UserError(f"{path} was made with {there}; choose another --out, or remove it")
     return found
 
@@ -227,10 +228,10 @@ def main(argv: list[str] | None = None) -> int:
         for model in args.models
     }
     # All are looked at before the first is trained.
-    for name, model in paths:
-        size(setups[name], model, args.method)
+    sizes = {(name, model): size(setups[name], model, args.method) for name, model in paths}
     results = {
-        key: kept(path, asked_of(setups[key[0]], args.method)) for key, path in paths.items()
+        key: kept(path, asked_of(setups[key[0]], args.method), sizes[key])
+        for key, path in paths.items()
     }
     args.out.mkdir(parents=True, exist_ok=True)
     code = 0

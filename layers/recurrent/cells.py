@@ -103,10 +103,10 @@ class LSTM:
     def step(self, state: Arrays, u: Arrays, weights: Arrays) -> Arrays:
         c, h = state
         a_f, a_o, a_z, p_f, p_o = weights
-        f = self.sigmoid(a_f * h + u[0] + p_f * c)
+        f = self.sigmoid(a_f * h + (p_f * c + u[0]))
         candidate = self.tanh(a_z * h + u[2])
         c = candidate + f * (c - candidate)
-        o = self.sigmoid(a_o * h + u[1] + p_o * c)
+        o = self.sigmoid(p_o * c + (a_o * h + u[1]))
         return c, o * self.tanh(c)
 
     def linearize(self, state: Arrays, u: Arrays, weights: Arrays) -> tuple[Arrays, Block]:
@@ -122,10 +122,10 @@ class LSTM:
     def _linearize(self, state: Arrays, u: Arrays, weights: Arrays):
         c, h = state
         a_f, a_o, a_z, p_f, p_o = weights
-        f = self.sigmoid(a_f * h + u[0] + p_f * c)
+        f = self.sigmoid(a_f * h + (p_f * c + u[0]))
         candidate = self.tanh(a_z * h + u[2])
         new_c = candidate + f * (c - candidate)
-        o = self.sigmoid(a_o * h + u[1] + p_o * new_c)
+        o = self.sigmoid(p_o * new_c + (a_o * h + u[1]))
         t = self.tanh(new_c)
         to_f = (c - candidate) * f * (1 - f)  # d c' / d u_f
         to_z = (1 - f) * (1 - candidate * candidate)  # d c' / d u_z

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from hackle.layers import in_place
 from hackle.layers.recurrent import affine
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
-from hackle.layers.recurrent.fused_gpu_kernels import KEEP, LANES, ROWS, Shape, backward, forward
+from hackle.layers.recurrent.fused_gpu_kernels import KEEP, LANES, Shape, backward, forward
 
 _log = logging.getLogger("hackle")
 
@@ -30,6 +30,12 @@ _BURN_IN = 64  # steps
 _FULL = 32 * 1024  # channels times batch times segments that fill the chip
 _SHORTEST = 64  # steps of a segment worth a program
 _CORRECTIONS = 2  # passes between the first and the last
+ROWS = 16  # time steps of a tile in shared memory
+# Bytes of tiles of a program, so that two programs fit on a multiprocessor.
+_SHARED = 104 * 1024
+# Those of a forward program that has a multiprocessor to itself, and of one tile: with more on its
+# way, memory is up to 15 % slower (H200), with fewer and larger tiles as well.
+_SHARED_ALONE, _TILE_ALONE = 48 * 1024, 12 * 1024
 
 
 def unsupported(u: jax.Array) -> str | None:
@@ -88,15 +94,15 @@ def march(
 
 def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret):
     width, n = u.shape[-1], cell.states
-    u, weights, wide, keep = _padded(u, weights, initial, reset)
-    shape = _shape(u, keep is not None, segments)
+    u, weights, wide = _padded(u, weights, initial)
+    shape = _shape(u, reset is not None, segments)
     # Segments are corrected in place.
     if shape.segments > 1 and interpret is None and (reason := in_place.unsafe()) is not None:
         if segments is not None:
             raise NotImplementedError(f"fused recurrence in {segments} segments: {reason}")
         _say_once(reason)
-        shape = _shape(u, keep is not None, 1)
-    arrays = (u, weights, *wide, *(() if keep is None else (keep,)))
+        shape = _shape(u, reset is not None, 1)
+    arrays = (u, weights, *wide, *_masks(reset, shape))
     run = functools.partial(forward, cell, shape, interpret=interpret)
     if shape.segments == 1:
         states, before = _split(run("first", products=products)(*arrays), n)
@@ -141,14 +147,13 @@ def adjoint(
 ) -> tuple[jax.Array, jax.Array, Arrays]:
     """As `scan.adjoint`."""
     width, n = u.shape[-1], cell.states
-    u, weights, wide, keep = _padded(u, weights, initial, reset)
-    shape = _shape(u, keep is not None, segments)
+    u, weights, wide = _padded(u, weights, initial)
+    shape = _shape(u, reset is not None, segments, forward=False)
     given = tuple(_wide(x.astype(u.dtype)) for x in cotangents if x is not None)
     states = tuple(map(_wide, states))
     final = tuple(_wide(x.astype(jnp.float32)) for x in final_cotangents)
     which = tuple(x is not None for x in cotangents)
-    masks = () if keep is None else (keep,)
-    arrays = (u, weights, *wide, *masks, *states, *states, *given)
+    arrays = (u, weights, *wide, *_masks(reset, shape), *states, *states, *given)
     entries = tuple(x[None] for x in final)
     if shape.segments > 1:
         nothing = jnp.zeros((shape.segments, *final[0].shape), jnp.float32)
@@ -174,18 +179,23 @@ def _wide(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, extra),)) if extra else x
 
 
-def _padded(u, weights, initial, reset):
-    """Whole tiles of channels; resets as float masks `[B, tiles, KEEP]`, 0 where they are."""
-    keep = None
-    if reset is not None:
-        batch, time = reset.shape
-        keep = jnp.pad((~reset).astype(jnp.float32), ((0, 0), (0, -time % ROWS)))
-        keep = jnp.pad(keep.reshape(batch, -1, ROWS), ((0, 0), (0, 0), (0, KEEP - ROWS)))
+def _padded(u, weights, initial):
+    """Whole tiles of channels."""
     initial = tuple(_wide(x.astype(jnp.float32)) for x in initial)
-    return _wide(u), _wide(weights.astype(jnp.float32)), initial, keep
+    return _wide(u), _wide(weights.astype(jnp.float32)), initial
 
 
-def _shape(u: jax.Array, reset: bool, segments: int | None) -> Shape:
+def _masks(reset: jax.Array | None, shape: Shape) -> Arrays:
+    """Resets, if any, as float masks `[B, tiles, KEEP]`, 0 where they are."""
+    if reset is None:
+        return ()
+    batch, time = reset.shape
+    keep = jnp.pad((~reset).astype(jnp.float32), ((0, 0), (0, -time % shape.rows)))
+    keep = keep.reshape(batch, -1, shape.rows)
+    return (jnp.pad(keep, ((0, 0), (0, 0), (0, KEEP - shape.rows))),)
+
+
+def _shape(u: jax.Array, reset: bool, segments: int | None, *, forward: bool = True) -> Shape:
     batch, time, _, width = u.shape
     if segments is None:
         segments = max(1, min(_FULL // (batch * width), time // _SHORTEST))
@@ -195,4 +205,7 @@ def _shape(u: jax.Array, reset: bool, segments: int | None) -> Shape:
     # Two channels a lane where there are programs enough.
     wide = width % (2 * LANES) == 0 and batch * width * segments >= _FULL
     tile = 2 * LANES if wide else LANES
-    return Shape(batch, time, width, segments, length, tile, u.dtype, reset)
+    rows, shared = ROWS, _SHARED
+    if forward and wide and segments == 1 and batch * width < 2 * _FULL:
+        rows, shared = _TILE_ALONE // (tile * 3 * u.dtype.itemsize), _SHARED_ALONE
+    return Shape(batch, time, width, segments, length, rows, shared, tile, u.dtype, reset)

@@ -1,6 +1,6 @@
 """The two kernels of `fused_gpu.py`: one program is a segment of time of a tile of channels.
 
-A program is one warpgroup with one or two channels a lane. Tiles of `ROWS` time steps of u (and,
+A program is one warpgroup with one or two channels a lane. Tiles of `rows` time steps of u (and,
 backwards, of states and cotangents) arrive through shared memory several tiles ahead, the state
 stays in registers, and results go straight to global memory. Lanes never exchange anything; they
 wait for each other only once a tile, before its place in shared memory is filled again.
@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hackle.layers.recurrent.cells import Arrays, Cell, apply, compose, transposed
+from hackle.layers.recurrent.fused_gpu_cells import fast
 from hackle.layers.recurrent.shooting import TOLERANCE
 
 LANES = 128  # of a warpgroup
-ROWS = 16  # time steps of a tile in shared memory
-KEEP = 32  # numbers kept for a tile's mask of resets, of which ROWS count: a copy has 128 bytes
-# Shared memory for the tiles of a program, so that two programs fit on a multiprocessor.
-_TILE_BYTES = 104 * 1024
+KEEP = 32  # numbers kept for a tile's mask of resets, of which `rows` count: a copy has 128 bytes
 
 
 class Shape(NamedTuple):
@@ -30,7 +29,9 @@ class Shape(NamedTuple):
 
     Attributes:
       width: D, a multiple of `LANES`.
-      segments, length: parts of time, and their steps, a multiple of `ROWS`.
+      segments, length: parts of time, and their steps, a multiple of `rows`.
+      rows: time steps of a tile in shared memory.
+      shared: bytes of shared memory for the tiles of a program.
       tile: channels of a program.
       dtype: of u and of the states.
       reset: whether there is a mask of resets.
@@ -41,6 +42,8 @@ class Shape(NamedTuple):
     width: int
     segments: int
     length: int
+    rows: int
+    shared: int
     tile: int
     dtype: Any
     reset: bool
@@ -52,44 +55,23 @@ class Shape(NamedTuple):
     @property
     def tiles(self) -> int:
         """Of time, in a segment."""
-        return self.length // ROWS
+        return self.length // self.rows
+
+    def stages(self, arrays: int) -> int:
+        """Tiles of that many arrays that are in shared memory or on their way."""
+        tile = self.rows * self.tile * arrays * jnp.dtype(self.dtype).itemsize
+        return max(2, min(6, self.shared // tile))
 
     @property
     def unrolled(self) -> int:
         """Time steps of a tile that are one piece of code: the whole tile is 6 % faster than
         half of it, but the several kernels of segments would take long to compile."""
-        return ROWS if self.segments == 1 else ROWS // 2
+        return self.rows if self.segments == 1 else self.rows // 2
 
     @property
     def ragged(self) -> bool:
         """Whether the last segment is longer than what is left of time."""
         return self.time != self.segments * self.length
-
-
-# For float32, forms of the nonlinearities from the approximate 2^x and 1/sqrt(x) of the hardware,
-# each right to about 2e-7; an exact division is too slow. For bfloat16, whose numbers are right to
-# 4e-3, the hardware's tanh, right to 5e-4 of a gate's value and to 2e-5 in the states.
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
-    return root * root
-
-
-def _tanh(x: jax.Array) -> jax.Array:
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -2.8853900817779268))
-    return 2.0 * (root * root) - 1.0
-
-
-def _coarse_sigmoid(x: jax.Array) -> jax.Array:
-    return 0.5 + 0.5 * jnp.tanh(0.5 * x)
-
-
-def _fast(cell: Cell, dtype: Any) -> Cell:
-    """`cell` with the nonlinearities that do for arrays of `dtype`."""
-    if dtype == jnp.bfloat16:
-        return type(cell)(sigmoid=_coarse_sigmoid, tanh=jnp.tanh)  # by `approx_math`
-    return type(cell)(sigmoid=_sigmoid, tanh=_tanh)
 
 
 # Where these kernels run, an index is no argument of it any more.
@@ -148,14 +130,12 @@ def forward(
       products: whether to give d(end) / d(entry); "again" always does.
 
     Returns:
-      A function of `(u, weights [R,D], initial [B,D] x N[, keep [B,T/ROWS,KEEP]])`, and but for
+      A function of `(u, weights [R,D], initial [B,D] x N[, keep [B,T/rows,KEEP]])`, and but for
       "first" `(*Before, *states Refs)`. It gives, "first": `states [B,T,D]` x N and `Before` (of
       which products if asked); "again": `Before`; "last": final `[1,B,D]` x N and, if asked, the
       product of all. All but u and states are float32.
     """
-    cell, n = _fast(cell, shape.dtype), cell.states
-    itemsize = jnp.dtype(shape.dtype).itemsize
-    stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * 3 * itemsize)))
+    cell, n = fast(cell, shape.dtype), cell.states
     products = products or role == "again"
     grid = (1, *shape.grid[1:]) if role == "last" else shape.grid
 
@@ -181,7 +161,7 @@ def forward(
                 *keep_tiles, carry = rest
 
                 def step(i, carry):
-                    time = (first + index[0]) * ROWS + i
+                    time = (first + index[0]) * shape.rows + i
                     row = tuple(lanes.row(u_tile, i, k) for k in range(3))
                     held = carry
                     for keep in keep_tiles:
@@ -198,19 +178,17 @@ def forward(
                     _write(shape, time, places, carry[0])
                     return carry
 
-                carry = _loop(shape, step, carry)
-                plgpu.commit_smem()
-                return carry
+                return _loop(shape, step, carry, interpret)
 
             in_specs = [
-                plgpu.BlockSpec((ROWS, 3, shape.tile), lambda i: (first + i, 0, d)),
+                plgpu.BlockSpec((shape.rows, 3, shape.tile), lambda i: (first + i, 0, d)),
                 *(plgpu.BlockSpec((1, KEEP), lambda i: (first + i, 0)) for _ in keep_refs),
             ]
             return plgpu.emit_pipeline(
                 tile,
                 grid=(tiles,),
                 in_specs=in_specs,
-                max_concurrent_steps=stages,
+                max_concurrent_steps=shape.stages(3),
                 init_carry=carry,
             )(u_ref.at[b], *(k.at[b] for k in keep_refs))
 
@@ -254,8 +232,8 @@ def forward(
         if role == "first":
             state, first = initial, s * shape.tiles
             if burn_in:
-                before = jnp.maximum(first - burn_in // ROWS, 0)
-                (burned,) = march(before, burn_in // ROWS, (lanes.zeros(initial),), [])
+                before = jnp.maximum(first - burn_in // shape.rows, 0)
+                (burned,) = march(before, burn_in // shape.rows, (lanes.zeros(initial),), [])
                 state = lanes.where(s == 0, initial, burned)
             run(state, first, shape.tiles)
         elif role == "again":
@@ -314,10 +292,7 @@ def backward(
       state. It gives `(du [B,T,3,D], dweights [S,B,R,D], sent [S,B,D] x N)` if `write`, else
       `(sent x N, products x N x N)`; `sent` goes to the state before the segment.
     """
-    cell, n = _fast(cell, shape.dtype), cell.states
-    itemsize = jnp.dtype(shape.dtype).itemsize
-    arrays = 3 + n + sum(given)
-    stages = max(2, min(6, _TILE_BYTES // (ROWS * shape.tile * arrays * itemsize)))
+    cell, n = fast(cell, shape.dtype), cell.states
 
     def body(*refs):
         left, lanes = list(refs), _Lanes(shape)
@@ -341,11 +316,11 @@ def backward(
             take = lambda k: [tiles.pop(0) for _ in range(k)]
             keep_tiles, state_tiles, border_tiles = take(int(shape.reset)), take(n), take(n)
             given_tiles = tiles
-            first = (last - index[0]) * ROWS
+            first = (last - index[0]) * shape.rows
 
             def step(back, carry):
                 arriving, extra = carry
-                i = ROWS - 1 - back
+                i = shape.rows - 1 - back
                 row = tuple(lanes.row(u_tile, i, k) for k in range(3))
                 before = tuple(lanes.row(x, jnp.maximum(i - 1, 0)) for x in state_tiles)
                 above = tuple(lanes.row(x, 0) for x in border_tiles)
@@ -377,26 +352,24 @@ def backward(
                     sent, new = lanes.where(here, (sent, new), (arriving, extra))
                 return sent, new
 
-            carry = _loop(shape, step, (arriving, extra))
-            plgpu.commit_smem()
-            return carry
+            return _loop(shape, step, (arriving, extra), interpret)
 
         at = lambda i: (last - i, d)
         # The state before a tile's first step: the last row of the tile before it.
-        above = lambda i: (jnp.maximum((last - i) * ROWS - 1, 0), d)
+        above = lambda i: (jnp.maximum((last - i) * shape.rows - 1, 0), d)
         in_specs = [
-            plgpu.BlockSpec((ROWS, 3, shape.tile), lambda i: (last - i, 0, d)),
+            plgpu.BlockSpec((shape.rows, 3, shape.tile), lambda i: (last - i, 0, d)),
             *(plgpu.BlockSpec((1, KEEP), lambda i: (last - i, 0)) for _ in keep_refs),
-            *(plgpu.BlockSpec((ROWS, shape.tile), at) for _ in states_refs),
+            *(plgpu.BlockSpec((shape.rows, shape.tile), at) for _ in states_refs),
             *(plgpu.BlockSpec((1, shape.tile), above) for _ in border_refs),
-            *(plgpu.BlockSpec((ROWS, shape.tile), at) for _ in given_refs),
+            *(plgpu.BlockSpec((shape.rows, shape.tile), at) for _ in given_refs),
         ]
         ins = (u_ref, *keep_refs, *states_refs, *border_refs, *given_refs)
         arriving, extra = plgpu.emit_pipeline(
             tile,
             grid=(shape.tiles,),
             in_specs=in_specs,
-            max_concurrent_steps=stages,
+            max_concurrent_steps=shape.stages(3 + n + sum(given)),
             init_carry=(arriving, sums if write else lanes.identity(n)),
         )(*(ref.at[b] for ref in ins))
         for ref, x in zip(sent_refs, arriving, strict=True):
@@ -420,15 +393,24 @@ def backward(
     return _kernel(body, out_type, shape.grid, interpret)
 
 
-def _loop(shape: Shape, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """The steps of a tile, in order."""
+def _loop(shape: Shape, step: Callable[[Any, Any], Any], carry: Any, interpret: Any) -> Any:
+    """The steps of a tile, in order; then its place may be filled again."""
 
     def some(block, carry):
         for k in range(shape.unrolled):
             carry = step(block * shape.unrolled + k, carry)
         return carry
 
-    return lax.fori_loop(0, ROWS // shape.unrolled, some, carry)
+    carry = lax.fori_loop(0, shape.rows // shape.unrolled, some, carry)
+    if interpret is None:
+        _meet()
+    return carry
+
+
+@plgpu.inline_mgpu()
+def _meet(_) -> None:
+    """Lanes wait for each other. A tile is only read, so that its place needs no fence."""
+    mgpu.warpgroup_barrier()
 
 
 def _write(shape: Shape, time: jax.Array, places: list[Any], values: Arrays) -> None:

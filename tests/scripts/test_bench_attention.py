@@ -27,12 +27,12 @@ def rows(script):
 @pytest.fixture(autouse=True)
 def quick(script, tmp_path, monkeypatch):
     import attention_rival
-    import recurrent_rows
+    import clock
     import report
 
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.75")  # the script would leave its own
-    monkeypatch.setattr(recurrent_rows, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(recurrent_rows, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
     monkeypatch.setattr(attention_rival, "load", lambda: None)
     write = report.write
     monkeypatch.setattr(report, "write", lambda *a, **k: write(*a, **k, folder=tmp_path))

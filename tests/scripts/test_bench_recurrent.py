@@ -28,11 +28,12 @@ def rows(script):
 
 @pytest.fixture(autouse=True)
 def quick(script, rows, tmp_path, monkeypatch):
+    import clock
     import report
 
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.75")  # the script would leave its own
-    monkeypatch.setattr(rows, "ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(rows, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
     write = report.write
     monkeypatch.setattr(report, "write", lambda *a, **k: write(*a, **k, folder=tmp_path))
 

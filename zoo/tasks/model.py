@@ -1,6 +1,7 @@
 """One-layer models that answer at every token: ParaRNN's on its synthetic tasks (arXiv 2510.21450),
-and the zoo's transformer beside them."""
+and a transformer's layer beside them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hackle.layers import Embedding, Linear, RMSNorm, project_to_vocabulary
-from hackle.zoo.dense.modeling import DenseConfig, DenseLM
+from hackle.layers.attention import masks
+from hackle.layers.convolution import CausalConv
+from hackle.layers.decoder import DecoderBlock
 from hackle.zoo.errors import UserError
 from hackle.zoo.pararnn.modeling import CELLS, ParaRNNBlock, RecurrentMixer
 from hackle.zoo.tasks.setups import Setup
@@ -17,48 +20,31 @@ MODELS = (*CELLS, "transformer")
 WIDTH = 64
 HEADS = 4
 TAPS = 4
+NORM_EPS = 1e-6
 
 
 class TokenClassifier(nnx.Module):
-    """embedding -> norm -> mixer -> norm -> head: `tokens [B, T] -> logits [B, T, C]`.
-
-    The mixer is that of the ParaRNN language model, or its cell alone; with an MLP, the model's
-    whole block stands for norm and mixer. With the two norms the parameter counts are those of
-    the paper's table, which it has for a cell alone.
+    """embedding -> layer -> norm -> head: `tokens [B, T] -> logits [B, T, C]`.
 
     Args:
-      cell: "gru" or "lstm".
+      layer: makes what maps `[B, T, WIDTH]` to the same.
       vocab_size, classes: V, C.
-      cell_only, mlp_width, add_positions: as in `Setup`.
-      method: of the recurrence, as `hackle.layers.recurrent.gru` takes it.
+      add_positions: as in `Setup`.
     """
 
     def __init__(
         self,
-        cell: str,
+        layer: Callable[[nnx.Rngs], nnx.Module],
         vocab_size: int,
         classes: int,
         *,
-        cell_only: bool,
-        mlp_width: int,
         add_positions: bool,
-        method: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.embedding = Embedding(vocab_size, WIDTH, init_std=1.0, rngs=rngs)
-        kind: Any = CELLS[cell]
-        around: Any = dict(heads=HEADS, taps=TAPS, norm_eps=1e-6, method=method, rngs=rngs)
-        self.block = ParaRNNBlock(kind, WIDTH, mlp_width, **around) if mlp_width else None
-        if not mlp_width:
-            self.norm = RMSNorm(WIDTH, rngs=rngs)
-            self.mixer = (
-                kind(WIDTH, WIDTH, heads=HEADS, method=method, rngs=rngs)
-                if cell_only
-                else RecurrentMixer(kind, WIDTH, **around)
-            )
-        self.final_norm = RMSNorm(WIDTH, rngs=rngs)
+        self.layer = layer(rngs)
+        self.final_norm = RMSNorm(WIDTH, NORM_EPS, rngs=rngs)
         self.head = Linear((WIDTH,), (classes,), ("embed", "vocab"), rngs=rngs)
-        self.cell_only = cell_only
         self.add_positions = add_positions
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -66,12 +52,58 @@ class TokenClassifier(nnx.Module):
         x = self.embedding(tokens)
         if self.add_positions:
             x = x + sinusoids(tokens.shape[1], WIDTH)
-        if self.block is not None:
-            x = self.block(x)
-        else:
-            x = self.mixer(self.norm(x))
-            x = x[0] if self.cell_only else x  # a cell gives its last state besides
-        return project_to_vocabulary(self.final_norm(x), self.head.weight[...])
+        return project_to_vocabulary(self.final_norm(self.layer(x)), self.head.weight[...])
+
+
+class NormedCell(nnx.Module):
+    """norm -> cell, and nothing else: so the parameter counts are those of the paper's table."""
+
+    def __init__(self, cell: str, *, method: str | None, rngs: nnx.Rngs):
+        self.norm = RMSNorm(WIDTH, NORM_EPS, rngs=rngs)
+        self.cell = CELLS[cell](WIDTH, WIDTH, heads=HEADS, method=method, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.cell(self.norm(x))[0]
+
+
+class NormedMixer(nnx.Module):
+    """norm -> mixer of the ParaRNN language model: convolution, cell, gate."""
+
+    def __init__(self, cell: str, *, method: str | None, rngs: nnx.Rngs):
+        kind: Any = CELLS[cell]
+        self.norm = RMSNorm(WIDTH, NORM_EPS, rngs=rngs)
+        self.mixer = RecurrentMixer(
+            kind, WIDTH, heads=HEADS, taps=TAPS, norm_eps=NORM_EPS, method=method, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mixer(self.norm(x))
+
+
+class TransformerLayer(nnx.Module):
+    """The block of the zoo's transformers, with rotary positions; before it, where a recurrence has
+    a convolution in front, `x + conv(norm(x))`, so that both see the tokens just before."""
+
+    def __init__(self, *, convolved: bool, rngs: nnx.Rngs):
+        self.norm = RMSNorm(WIDTH, NORM_EPS, rngs=rngs) if convolved else None
+        self.conv = CausalConv(WIDTH, TAPS, rngs=rngs) if convolved else None
+        # The MLP brings it to the 31.8k parameters of the paper's on parity.
+        self.block = DecoderBlock(
+            WIDTH,
+            77,
+            heads=HEADS,
+            kv_heads=HEADS,
+            head_width=WIDTH // HEADS,
+            bias=True,
+            norm_eps=NORM_EPS,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.norm is not None and self.conv is not None:
+            x = x + self.conv(self.norm(x))[0]
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.block(x, positions, masks.Causal())
 
 
 def sinusoids(length: int, width: int) -> jax.Array:
@@ -82,40 +114,36 @@ def sinusoids(length: int, width: int) -> jax.Array:
 
 def make_model(
     name: str, setup: Setup, *, method: str | None = None, rngs: nnx.Rngs
-) -> TokenClassifier | DenseLM:
+) -> TokenClassifier:
     """The model called `name`, one of `MODELS`, for a task.
 
-    The transformer is a `DenseLM` of one layer, with rotary positions and an MLP that brings it
-    to the paper's 31.8k parameters on parity; `method` does not concern it.
+    `Setup.mlp_width` and `method` do not concern the transformer, which always has its MLP.
 
     Raises:
       UserError: no such name.
     """
-    task = setup.task
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
-    if name in CELLS:
-        return TokenClassifier(
-            name,
-            task.vocab_size,
-            task.classes,
-            cell_only=setup.cell_only,
-            mlp_width=setup.mlp_width,
-            add_positions=setup.add_positions,
+
+    def layer(rngs: nnx.Rngs) -> nnx.Module:
+        if name == "transformer":
+            return TransformerLayer(convolved=not setup.cell_only, rngs=rngs)
+        if setup.cell_only:
+            return NormedCell(name, method=method, rngs=rngs)
+        if not setup.mlp_width:
+            return NormedMixer(name, method=method, rngs=rngs)
+        return ParaRNNBlock(
+            CELLS[name],
+            WIDTH,
+            setup.mlp_width,
+            heads=HEADS,
+            taps=TAPS,
+            norm_eps=NORM_EPS,
             method=method,
             rngs=rngs,
         )
-    config = DenseConfig(
-        # One table size for what is read and what is answered: a class more costs nothing.
-        vocab_size=max(task.vocab_size, task.classes),
-        width=WIDTH,
-        mlp_width=77,
-        depth=1,
-        heads=HEADS,
-        kv_heads=HEADS,
-        head_width=WIDTH // HEADS,
-        max_length=task.length,
-        tie_embeddings=False,
-        embedding_std=1.0,
+
+    task = setup.task
+    return TokenClassifier(
+        layer, task.vocab_size, task.classes, add_positions=setup.add_positions, rngs=rngs
     )
-    return DenseLM(config, rngs=rngs)

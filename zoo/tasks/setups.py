@@ -15,11 +15,12 @@ from hackle.zoo.tasks.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A task, the form of the recurrent models on it, and how every model is trained on it.
+    """A task, the form of the models on it, and how every one is trained on it.
 
     Attributes:
-      cell_only: no convolution, norm, gate or output projection around the cell.
-      mlp_width: of the MLP behind the mixer, both with a residual, as in the language model's
+      cell_only: no convolution, norm, gate or output projection around the cell, and no
+        convolution before the transformer's attention.
+      mlp_width: of the MLP behind a recurrent mixer, both with a residual, as in the language model's
         block; 0 is the mixer alone, and the only width beside `cell_only`.
       add_positions: sinusoids are added to the embedded tokens.
 

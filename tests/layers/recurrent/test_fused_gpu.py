@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from hackle.layers import in_place
 from hackle.layers.recurrent import cells, fused_gpu, scan
+from hackle.layers.recurrent import fused_gpu_cells as fast_cells
 from hackle.layers.recurrent import fused_gpu_kernels as kernels
 from tests.layers.recurrent.reference import (
     cotangents,
@@ -64,6 +65,34 @@ def test_interpreted_kernels(cell, shape, segments, dtype):
     got = fused_gpu.adjoint(*given, kept, given_out, of_final, **how)
     exact = exact_gradients(cell, *given[1:], of_output, of_final)
     assert relative_error(got, exact) < (1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+@recent
+@pytest.mark.parametrize("cell", OURS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_interpreted_kernel_of_small_tiles(cell, dtype, monkeypatch):
+    """As where 128 programs have a multiprocessor each."""
+    monkeypatch.setattr(fused_gpu, "_FULL", 512)
+    u, weights, initial, reset = draw(cell, (2, 21, 256), 0.9, resets=True, dtype=dtype)
+    shape = fused_gpu._shape(u, True, None)
+    assert (shape.rows, shape.stages(3)) == ((4 if dtype == jnp.float32 else 8), 4)
+    assert fused_gpu._shape(u, True, None, forward=False).rows == fused_gpu.ROWS
+    how = {"interpret": plgpu.InterpretGPUParams()}
+    states, final = fused_gpu.solve(OURS[cell], u, weights, initial, reset, **how)
+    want, last = solve(cell, u, weights, initial, reset)
+    rounding = 1 if dtype == jnp.float32 else 2**-8 / 5e-6
+    assert error(states, want) < 5e-6 * rounding and error(final, last) < 5e-6
+
+
+@pytest.mark.parametrize("cell", OURS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_steps_done_fast_are_the_cells(cell, dtype):
+    """Where tanh is exact, as on a CPU; states and weights at random."""
+    u, weights, initial, _ = draw(cell, (4, 1, 64), 2.0)
+    row, weights = tuple(u[:, 0, k] for k in range(3)), tuple(weights)
+    want = OURS[cell].step(initial, row, weights)
+    got = fast_cells.fast(OURS[cell], dtype).step(initial, row, weights)
+    assert error(got, want) < 1e-6
 
 
 def slow_to_forget(cell):
@@ -171,8 +200,8 @@ def test_fast_nonlinearities_are_right_to_float32():
     x = np.concatenate([np.linspace(-30, 30, 20001), [-200, 200, 0]]).astype(np.float32)
     wide = x.astype(np.float64)
     for fast, exact in (
-        (kernels._sigmoid, 1 / (1 + np.exp(-wide))),
-        (kernels._tanh, np.tanh(wide)),
+        (fast_cells._sigmoid, 1 / (1 + np.exp(-wide))),
+        (fast_cells._tanh, np.tanh(wide)),
     ):
         got = np.asarray(fast(jnp.asarray(x)))
         assert (
