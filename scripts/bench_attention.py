@@ -17,7 +17,7 @@ from typing import Any
 import attention_rival
 import report
 from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, measured
-from cli import run, sizes
+from cli import report_name, run, sizes
 from clock import ROUNDS
 from hackle.zoo.errors import UserError
 
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--report",
         nargs="?",
         const="",
+        type=report_name,
         metavar="NAME",
         help="write reports/attention[-NAME]_<hardware>_<date>.md",
     )

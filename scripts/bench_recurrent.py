@@ -17,7 +17,7 @@ from typing import Any
 
 import recurrent_rival
 import report
-from cli import run, sizes
+from cli import report_name, run, sizes
 from clock import ROUNDS
 from hackle.zoo.errors import UserError
 from recurrent_devices import devices_row
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--report",
         nargs="?",
         const="",
+        type=report_name,
         metavar="NAME",
         help="write reports/recurrent[-NAME]_<hardware>_<date>.md",
     )

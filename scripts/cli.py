@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -42,6 +43,15 @@ def call(main: Callable[[], int | None]) -> int:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def report_name(text: str) -> str:
+    """Type of an option that is part of a file's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name; expected letters, digits, '.', '_' and '-'"
+        )
+    return text
 
 
 def sizes(names: str) -> Callable[[str], tuple[int, ...]]:

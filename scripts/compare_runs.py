@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from cli import run
+from cli import report_name, run
 
 EXAMPLES = """examples:
   python scripts/compare_runs.py runs/fused runs/scan
@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("runs", type=Path, nargs="+", help="folders of runs; the first is the measure")
     p.add_argument("--steps", type=int, help="of the curves to compare; default all")
-    p.add_argument("--report", metavar="NAME", help="write reports/<NAME>_<hardware>_<date>.md")
+    p.add_argument("--report", type=report_name, metavar="NAME",
+                   help="write reports/<NAME>_<hardware>_<date>.md")  # fmt: skip
     p.add_argument("--note", default="", help="a paragraph for the report")
     return p
 

@@ -258,6 +258,13 @@ def test_the_rival_gets_our_inputs_as_it_lays_them(
     assert all("rival ms" not in x for x in found if x["dtype"] == "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b"])
+def test_a_report_is_named_by_letters_and_digits(script, capsys, name):
+    with pytest.raises(SystemExit, match="2"):
+        script.parser().parse_args(["--report", name])
+    assert f"{name!r} is no name" in capsys.readouterr().err
+
+
 def test_sizes_beyond_the_rivals_indices_are_not_run(script):
     import recurrent_rival
 

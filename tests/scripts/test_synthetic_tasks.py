@@ -47,6 +47,10 @@ def test_table_report_and_picture(script, tmp_path, monkeypatch, capsys):
     assert call(script, *command, "--seed", 1) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "parity-gru.json was made with seed=0; choose another --out" in error
+    (out / "parity-gru.json").write_text(json.dumps(kept | {"parameters": 7}))
+    assert call(script, *command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "parity-gru.json was made with parameters=7; choose another --out" in error
 
 
 def test_settings_are_the_tasks_unless_given(script, tmp_path, monkeypatch):
@@ -80,6 +84,7 @@ def stub(script, monkeypatch, takes):
                 "checks": [check]}  # fmt: skip
 
     monkeypatch.setattr(script, "result", result)
+    monkeypatch.setattr(script, "size", lambda *model: 1)
     monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
     return shares
 

@@ -63,8 +63,11 @@ class Tokenizer:
             raise UserError(f"tokenizer {self.path} cannot encode {text!r}: {error}") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once, on all cores."""
-        encoded = self.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        """`encode` of many texts at once, on all cores; raises what it raises."""
+        try:
+            encoded = self.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception:  # it does not say which text
+            return [self.encode(text) for text in texts]
         return [one.ids for one in encoded]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

@@ -127,7 +127,7 @@ def stream_branches(
         limits=limits,
         range_end=getattr(model.config, "max_length", math.inf),
         index_end=frozenset(index_end),
-        stops=stop_ids(eos),
+        stops=stop_ids(eos, model.config.vocab_size),
         key=row_keys(seed, 1)[0],
     )
     return _steps(model, writer, len(prompt) + limits.tokens, limits.depth, sampling)

@@ -47,8 +47,8 @@ def generate(
       The new tokens of each prompt; a row that stopped ends with its `eos` token.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, more tokens than the model's
-        rotary range (a recurrence has none), or a sampling value out of range.
+      UserError: an empty prompt, a token or an `eos` outside the vocabulary, more tokens than the
+        model's rotary range (a recurrence has none), or a sampling value out of range.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for step in stream(
@@ -80,7 +80,9 @@ def stream(
     they are checked at the call, before anything is computed.
     """
     check_request(model, prompts, max_new_tokens)
-    return _steps(model, prompts, max_new_tokens, sampling, seed, stop_ids(eos))
+    return _steps(
+        model, prompts, max_new_tokens, sampling, seed, stop_ids(eos, model.config.vocab_size)
+    )
 
 
 def _steps(model, prompts, max_new_tokens, sampling, seed, stops):
@@ -191,9 +193,16 @@ def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
     return tokens, positions
 
 
-def stop_ids(eos: int | Collection[int] | None) -> frozenset[int]:
-    """The tokens that end a text."""
-    return frozenset([int(eos)] if isinstance(eos, int | np.integer) else eos or ())
+def stop_ids(eos: int | Collection[int] | None, vocab_size: int) -> frozenset[int]:
+    """The tokens that end a text.
+
+    Raises:
+      UserError: one is outside the vocabulary, so that it would never come.
+    """
+    stops = frozenset([int(eos)] if isinstance(eos, int | np.integer) else eos or ())
+    if wrong := sorted(token for token in stops if not 0 <= token < vocab_size):
+        raise UserError(f"eos={wrong[0]}; the vocabulary is 0..{vocab_size - 1}")
+    return stops
 
 
 def check_request(

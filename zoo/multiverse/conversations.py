@@ -143,7 +143,7 @@ def wrong_index(text: str) -> str | None:
 
     Args:
       text: a tagged chain that follows the grammar. An index is the number, or numbers with dots,
-        that an outline or a path begins with; those without one are not compared.
+        and a colon that an outline or a path begins with; those without one are not compared.
     """
     announced: list[list[str]] = []  # indices of the outlines of each open block
     for match in _INDEXED.finditer(text):
@@ -161,7 +161,7 @@ def wrong_index(text: str) -> str | None:
     return None
 
 
-_INDEXED = re.compile(r"<(/?Parallel|Outline|Path)>(?:\s*(\d+(?:\.\d+)*))?")
+_INDEXED = re.compile(r"<(/?Parallel|Outline|Path)>(?:\s*(\d+(?:\.\d+)*):)?")
 
 
 class Encoder:

@@ -20,8 +20,8 @@ class Setup:
     Attributes:
       cell_only: no convolution, norm, gate or output projection around the cell, and no
         convolution before the transformer's attention.
-      mlp_width: of the MLP behind a recurrent mixer, both with a residual, as in the language model's
-        block; 0 is the mixer alone, and the only width beside `cell_only`.
+      mlp_width: of the MLP behind a recurrent mixer, both with a residual, as in the language
+        model's block; 0 is the mixer alone, and the only width beside `cell_only`.
       add_positions: sinusoids are added to the embedded tokens.
 
     Raises:

@@ -99,3 +99,5 @@ def test_what_a_tokenizer_has_no_token_for_is_said(tmp_path):
     write_tokenizer(path)  # of characters, without one for what it does not know
     with pytest.raises(UserError, match=r"tokenizer.json cannot encode 'caf\xe9': .*"):
         load_tokenizer(path).encode("caf\xe9")
+    with pytest.raises(UserError, match=r"tokenizer.json cannot encode 'th\xe9': .*"):
+        load_tokenizer(path).encode_batch(["a", "th\xe9"])

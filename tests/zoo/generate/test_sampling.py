@@ -100,6 +100,13 @@ def test_eos_stops_a_row_and_only_that_row(model):
     assert several[0] == plain[0][: 1 + min(plain[0].index(stop), plain[0].index(plain[0][1]))]
 
 
+def test_eos_that_would_never_come_is_refused(model):
+    size = model.config.vocab_size
+    for eos in (size, {1, -1}):
+        with pytest.raises(UserError, match=rf"eos=(-1|{size}); the vocabulary is 0..{size - 1}"):
+            generate(model, [[1]], max_new_tokens=1, eos=eos)
+
+
 @pytest.mark.parametrize(
     "prompts, changes, message",
     [

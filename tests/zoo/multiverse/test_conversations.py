@@ -161,6 +161,7 @@ def test_lines_end_where_json_says(tmp_path, tokenizer):
         (TAGGED.format(n=20), None),
         (TAGGED.format(n=20).replace("<Path>\n2:", "<Path>\n3:"), "index 3, but its outline 2"),
         ("<Parallel><Path>7: a</Path><Path>7: b</Path></Parallel>", None),  # no outlines
+        (TAGGED.format(n=20).replace("<Path>\n2:", "<Path>\n3 apples:"), None),  # no index
     ],
 )
 def test_paths_have_the_indices_of_their_outlines(text, reason):
