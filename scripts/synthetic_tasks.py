@@ -251,7 +251,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def asked_of(setup: "Setup", method: str | None) -> dict[str, Any]:
     """What a result depends on, but for its task and model."""
-    form = {"length": setup.task.length, "mlp_width": setup.mlp_width, "method": method}
+    form = {
+        "length": setup.task.length,
+        "cell_only": setup.cell_only,
+        "mlp_width": setup.mlp_width,
+        "add_positions": setup.add_positions,
+        "method": method,
+    }
     return dataclasses.asdict(setup.training) | form
 
 

@@ -33,9 +33,10 @@ _CORRECTIONS = 2  # passes between the first and the last
 ROWS = 16  # time steps of a tile in shared memory
 # Bytes of tiles of a program, so that two programs fit on a multiprocessor.
 _SHARED = 104 * 1024
-# Those of a forward program that has a multiprocessor to itself, and of one tile: with more on its
-# way, memory is up to 15 % slower (H200), with fewer and larger tiles as well.
-_SHARED_ALONE, _TILE_ALONE = 48 * 1024, 12 * 1024
+_MULTIPROCESSORS = 132  # of most Hopper
+# Where no multiprocessor has two programs, forward, bfloat16: with more on its way, memory is up to
+# 15 % slower (H200, reports/LOG.md), with fewer and larger tiles as well.
+_ROWS_ALONE, _SHARED_ALONE = 8, 48 * 1024
 
 
 def unsupported(u: jax.Array) -> str | None:
@@ -200,12 +201,13 @@ def _shape(u: jax.Array, reset: bool, segments: int | None, *, forward: bool = T
     if segments is None:
         segments = max(1, min(_FULL // (batch * width), time // _SHORTEST))
     length = -(-time // segments)
-    length = -(-length // ROWS) * ROWS
+    length = -(-length // ROWS) * ROWS  # a multiple of _ROWS_ALONE, too
     segments = -(-time // length)
     # Two channels a lane where there are programs enough.
     wide = width % (2 * LANES) == 0 and batch * width * segments >= _FULL
     tile = 2 * LANES if wide else LANES
+    alone = wide and segments == 1 and batch * width <= _MULTIPROCESSORS * tile
     rows, shared = ROWS, _SHARED
-    if forward and wide and segments == 1 and batch * width < 2 * _FULL:
-        rows, shared = _TILE_ALONE // (tile * 3 * u.dtype.itemsize), _SHARED_ALONE
+    if alone and forward and u.dtype == jnp.bfloat16:
+        rows, shared = _ROWS_ALONE, _SHARED_ALONE
     return Shape(batch, time, width, segments, length, rows, shared, tile, u.dtype, reset)
