@@ -9,8 +9,25 @@
 
 Each takes the arguments of its NNX namesake except `rngs`, and a `name`. Parameters are boxed as
 `nn.LogicallyPartitioned` with their logical axis names, so `nn.logical_axis_rules` shards them and
-`nn.unbox` gives the plain arrays. A method other than `__call__` is called by its name, e.g.
-`linen.StreamPrefix(...).prepend(key, value, mask)`.
+`nn.unbox` gives the plain arrays.
+
+An unnamed layer is called `ToLinen_0`, `ToLinen_1`, ... in the order of construction, whatever its
+class: with `name="mlp"` the names of parameters outlive a change of the code.
+
+A method other than `__call__` is named to `init` and `apply` by `nnx_method`; flax's own `method`
+does not find it. A bound module has it as its own:
+
+    gru = linen.ParaGRU(8, 16, heads=2)
+    variables = gru.init(jax.random.key(0), x)  # x [B, T, 8]
+    y, state = gru.apply(variables, x[:, 0], state, nnx_method="step")
+    y, state = gru.bind(variables).step(x[:, 0], state)  # the same
+
+So is one that is made in another module's `@nn.compact` method or `setup`.
+
+The faces are functions, no classes: `nn.remat`, `nn.scan` and the like do not take them. They take
+a module of yours that has a face inside, such as `nn.remat(Mine)()`. What adds an axis to the
+parameters, as `nn.scan` and `nn.vmap` do, needs its name, too:
+`metadata_params={nn.PARTITION_NAME: "layers"}`.
 """
 
 import functools

@@ -61,9 +61,17 @@ def build_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = 
     """
     if devices is None:
         devices = jax.devices()
-        if -1 not in shape.values() and jax.process_count() == 1:
-            needed = math.prod(mesh_sizes(shape).values())
-            devices = devices[:needed]
+        if jax.process_count() == 1:
+            least = {axis: 1 if size == -1 else size for axis, size in shape.items()}
+            needed = math.prod(mesh_sizes(least).values())
+            if len(devices) < needed and devices[0].platform == "cpu":
+                raise ConfigError(
+                    f"mesh {_text(shape)} needs {needed} devices, got {len(devices)}; on a CPU, "
+                    f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}, set before JAX "
+                    "starts, simulates them"
+                )
+            if -1 not in shape.values():
+                devices = devices[:needed]
     sizes = mesh_sizes(shape, len(devices))
     # Neighbours in the mesh become neighbours in a TPU's torus; one axis of the torus may hold
     # several of ours, which `jax.make_mesh` refuses.

@@ -13,6 +13,9 @@ from hackle.zoo.errors import UserError
 
 # FLAG of hackle/layers/in_place.py: with it, kernels may write in place on GPUs.
 XLA_FLAG = "--xla_gpu_enable_dynamic_slice_fusion=false"
+# Packages of the extras `train` and `hf`, as they are imported.
+OPTIONAL = ("array_record", "grain", "matplotlib", "optax", "orbax", "safetensors", "tensorboardX",
+            "tensorflow_datasets", "tokenizers")  # fmt: skip
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 
@@ -42,6 +45,15 @@ def call(main: Callable[[], int | None]) -> int:
     except (UserError, ConfigError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        print(
+            f"error: this needs the package {error.name}: pip install 'hackle[train,hf]', or in a "
+            "checkout pip install -e '.[train,hf]'",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
 
 

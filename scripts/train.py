@@ -43,6 +43,15 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="go on from a checkpoint in --out: if there is one (auto), only so, or not at all",
     )
+    add(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="be one of several processes, as on a TPU slice of several hosts, where each runs "
+        "this command with an --out that all see; the address of process 0, how many there are "
+        "and which one this is are found out on Cloud TPU and under Slurm",
+    )
     add("--dry-run", action="store_true", help="print what the run would be, and stop")
     add("--list", action="store_true", help="list recipes and their fields, and stop")
     return p
@@ -55,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.list:
         return list_all()
+    if args.distributed is not None:
+        join(args.distributed)
     if args.recipe is None:
         raise UserError("give --recipe NAME; --list shows the names")
     chosen = recipe(args.recipe).set(args.set)
@@ -73,9 +84,32 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for line in describe(summary):
-        print(line)
+    import jax
+
+    if jax.process_index() == 0:
+        for line in describe(summary):
+            print(line)
     return 0
+
+
+def join(place: str) -> None:
+    """Becomes one process of several: `place` is HOST:PORT,COUNT,INDEX, or empty if it is known.
+
+    Raises:
+      UserError: it is not of that form, or it is empty and nothing tells.
+    """
+    import jax
+
+    from hackle.zoo.errors import UserError
+
+    address, *numbers = place.split(",")
+    if place and not (len(numbers) == 2 and all(n.isdigit() for n in numbers)):
+        raise UserError(f"--distributed {place!r}; expected HOST:PORT,COUNT,INDEX")
+    try:
+        jax.distributed.initialize(address or None, *map(int, numbers))
+    except (RuntimeError, ValueError) as error:
+        hint = "" if place else "; no cluster tells, so give HOST:PORT,COUNT,INDEX"
+        raise UserError(f"--distributed {place}: {error}{hint}") from error
 
 
 def describe(summary) -> list[str]:

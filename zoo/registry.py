@@ -199,7 +199,7 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Any:
             raise unknown(f"config field of {name}", field, known)
     try:
         return found.model_class(dataclasses.replace(found.config, **overrides), rngs=rngs)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{name}: {error}") from error
 
 

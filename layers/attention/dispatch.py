@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,15 +155,28 @@ def _check(
             f"attention: query {query.dtype}, key {key.dtype} and value {value.dtype} "
             "differ in dtype"
         )
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"attention: query must be floating-point, got {query.dtype}")
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"attention: {query.shape[2]} query heads are not a multiple of "
             f"{key.shape[2]} key heads"
         )
     if mask is not None:
+        if not isinstance(mask, Mask):
+            raise ValueError(
+                f"attention: mask must be one of hackle.layers.masks, such as masks.Causal(), "
+                f"or several with & between them; got {_named(mask)}"
+            )
         mask.check(query.shape[1], key.shape[1])
         mask.check_batch(query.shape[0])
     return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _named(thing: Any) -> str:
+    if hasattr(thing, "shape"):
+        return f"an array {thing.dtype} {thing.shape}"
+    return f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
 
 
 def _choose(

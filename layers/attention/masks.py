@@ -52,6 +52,8 @@ def _register(cls):
 
 def _describes(name: str, ids: jax.Array, axes: str, tokens: int | None = None) -> None:
     """Raises ValueError unless `ids` are integers with these axes, the last one of `tokens`."""
+    if not hasattr(ids, "ndim"):
+        raise ValueError(f"{name} must be an array of integers [{axes}], got {ids!r}")
     if ids.ndim != len(axes.split(", ")) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers [{axes}], got {ids.dtype} {ids.shape}")
     if tokens is not None and ids.shape[-1] != tokens:

@@ -22,7 +22,8 @@ class StreamAggregator(nnx.Module):
       smoothing: share of the weight that is spread evenly; 0.1 in all released checkpoints.
 
     Raises:
-      ValueError: fewer than two streams, or smoothing outside [0, 1].
+      ValueError: fewer than two streams, or smoothing outside [0, 1]; when called, an input that
+        is not floating-point `[P, B, L, D]`.
     """
 
     def __init__(self, streams: int, width: int, smoothing: float = 0.1, *, rngs: nnx.Rngs):
@@ -43,9 +44,12 @@ class StreamAggregator(nnx.Module):
         self.smoothing = smoothing
 
     def weights(self, x: jax.Array) -> jax.Array:
-        """The weights `[B, L, P]`, float32 or wider, of streams `x [P, B, L, D]`."""
-        if x.shape[0] != self.streams:
-            raise ValueError(f"expected {self.streams} streams on the leading axis, got {x.shape}")
+        """The weights `[B, L, P]`, float32 or wider, of streams `x [P, B, L, D]`.
+
+        Raises:
+          ValueError: `x` has another rank, number of streams or width, or is not floating-point.
+        """
+        self._check(x)
         hidden = jnp.einsum("pbld,pde->ble", x, self.hidden_weight[...].astype(x.dtype))
         hidden = jax.nn.silu(hidden + self.hidden_bias[...].astype(x.dtype))
         scores = hidden @ self.output_weight[...].astype(x.dtype)
@@ -53,6 +57,26 @@ class StreamAggregator(nnx.Module):
         # Whole on every device that holds a stream, or the softmax would have to communicate.
         scores = constrain(scores, "batch", "length", None)
         return constrain(stream_weights(scores, self.smoothing), "batch", "length", None)
+
+    def _check(self, x: jax.Array) -> None:
+        if x.ndim != 4:
+            raise ValueError(
+                f"StreamAggregator: x must be [streams, batch, length, width], got shape {x.shape}"
+            )
+        if x.shape[0] != self.streams:
+            raise ValueError(
+                f"StreamAggregator: expected {self.streams} streams on the leading axis, "
+                f"got {x.shape[0]} in shape {x.shape}"
+            )
+        width = self.hidden_weight.shape[-1]
+        if x.shape[3] != width:
+            raise ValueError(
+                f"StreamAggregator: expected width {width} on the last axis, "
+                f"got {x.shape[3]} in shape {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            # The weights would be cut to integers.
+            raise ValueError(f"StreamAggregator: x must be floating-point, got {x.dtype}")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Each device takes the weights of its own streams. Said here so that the backward pass

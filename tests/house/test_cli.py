@@ -54,8 +54,20 @@ OPTIONS: dict[str, str] = {
         "--note --out --report --seconds --seed --seeds --state-clip --stop-after --tasks "
         "--test-rows --train-rows --weight-decay"
     ),
-    "scripts/train.py": "--dry-run --list --out --recipe --resume --seed --set",
+    "scripts/train.py": "--distributed --dry-run --list --out --recipe --resume --seed --set",
 }
+
+
+def test_a_missing_extra_is_named(capsys):
+    cli = load("cli")
+
+    def main(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert cli.call(lambda: main("tokenizers")) == 2
+    assert "needs the package tokenizers: pip install 'hackle[train,hf]'" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        cli.call(lambda: main("hackle.zoo.nothing"))
 
 
 def mains() -> set[str]:

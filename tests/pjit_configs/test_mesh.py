@@ -1,5 +1,7 @@
 """Meshes: sizes, what is left, and every refusal by its message."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -61,6 +63,27 @@ def test_devices_left_to_it_are_the_first_but_given_ones_must_fit():
 def test_too_few_devices_name_the_preset():
     with pytest.raises(ConfigError, match=r"preset v5e256_fsdp: mesh fsdp=256 needs 256 devices"):
         pjit_configs.preset("v5e256_fsdp").mesh()
+
+
+HINT = "XLA_FLAGS=--xla_force_host_platform_device_count="
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 16}, {"fsdp": -1, "tensor": 16}])
+def test_too_few_cpu_devices_say_how_to_simulate_more(shape, monkeypatch):
+    there = jax.devices("cpu")[:1]
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    with pytest.raises(ConfigError, match=f"needs 16 devices, got 1; .*{HINT}16, set") as caught:
+        build_mesh(shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_simulation_is_offered_where_it_does_not_help(monkeypatch):
+    there = jax.devices("cpu")[:1]
+    with pytest.raises(ConfigError, match="needs 16 devices, got 1$"):
+        build_mesh({"fsdp": 16}, there)  # the caller chose them
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu")])
+    with pytest.raises(ConfigError, match="needs 16 devices, got 1$"):
+        build_mesh({"fsdp": 16})
 
 
 def test_description_leaves_out_axes_of_size_one():

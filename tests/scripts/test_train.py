@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,7 +170,7 @@ def test_a_run_that_does_not_converge_ends_with_code_1(script, tmp_path, capsys)
 # Processes of their own.
 
 
-def start(*args, code=None):
+def start(*args, code=None, **environment):
     """The script in a process, with `code` run first in it."""
     program = ["-u", str(SCRIPTS / "train.py")]
     if code is not None:
@@ -180,7 +181,7 @@ def start(*args, code=None):
     return subprocess.Popen(
         [sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
 
 
@@ -204,6 +205,34 @@ def test_a_signal_saves_and_exits_with_0(tmp_path, number):
     assert process.returncode == 0, errors
     step = int(re.search(r"stopped at step (\d+) of 100000, saved", said)[1])
     assert RunFolder(tmp_path).latest() == step
+
+
+def test_a_url_is_no_folder_of_a_run(script, tmp_path, capsys, monkeypatch, no_compute):
+    monkeypatch.chdir(tmp_path)
+    assert call(script, *SMALL, "--out", "gs://bucket/run") == 2
+    assert "is a URL; expected a path" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("place", ["localhost:1,2", "localhost:1,2,x"])
+def test_places_among_processes(script, place, capsys):
+    assert call(script, *SMALL, "--dry-run", "--distributed", place) == 2
+    assert f"--distributed {place!r}; expected HOST:PORT,COUNT,INDEX" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    args = [*SMALL, "--set", "preset=any_fsdp", "--set", "export=false", "--out", tmp_path]
+    places = [f"localhost:{port},2,{rank}" for rank in (0, 1)]
+    both = [start(*args, "--distributed", place, XLA_FLAGS="") for place in places]
+    said = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "after 6 steps, 768 tokens" in said[0][0]
+    assert "loss" not in said[1][0]
+    assert RunFolder(tmp_path).latest() == 6
 
 
 # Kills its own process as soon as the save of step 4 is half-way: the directory exists, under its

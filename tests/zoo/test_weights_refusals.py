@@ -67,6 +67,43 @@ def test_no_such_folder(tmp_path):
         zoo.from_pretrained(tmp_path / "nothing-here")
 
 
+def test_a_name_on_the_hub_says_how_to_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="expected a local folder") as caught:
+        zoo.from_pretrained("Qwen/Qwen2.5-0.5B")
+    assert "`hf download Qwen/Qwen2.5-0.5B --local-dir DIR`" in str(caught.value)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/p5", "nowhere", "../nowhere/else", "a/b/c"):
+        with pytest.raises(UserError, match=f"checkpoint folder {path} does not exist$"):
+            zoo.from_pretrained(path)
+
+
+def test_a_file_names_the_folder_that_holds_it(golden):
+    for file in ("config.json", SINGLE):
+        with pytest.raises(UserError, match=f"{file} is a file; expected .*: {golden}$"):
+            zoo.from_pretrained(golden / file)
+
+
+def test_a_training_run_names_the_model_in_it(golden, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"convert.py export {run} OUT"):
+        zoo.from_pretrained(run)
+    golden.rename(run / "model")
+    with pytest.raises(UserError, match=f"is a training run; expected .*: {run}/model$"):
+        zoo.from_pretrained(run)
+    assert zoo.from_pretrained(run / "model").config.streams == 3
+
+
+def test_home_is_expanded_and_a_url_refused(golden, monkeypatch):
+    monkeypatch.setenv("HOME", str(golden.parent))
+    assert zoo.from_pretrained("~/golden").config.streams == 3
+    with pytest.raises(UserError, match=f"checkpoint folder {golden.parent}/other does not exist"):
+        zoo.from_pretrained("~/other")
+    with pytest.raises(UserError, match="'gs://bucket/model' is a URL"):
+        zoo.from_pretrained("gs://bucket/model")
+
+
 def test_all_problems_of_the_tensors_are_collected(tmp_path):
     tensors = golden_tensors(3)
     del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.prefix_v"]

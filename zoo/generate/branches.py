@@ -17,7 +17,14 @@ from flax import nnx
 from hackle.layers.causal_decoder import CausalDecoder
 from hackle.layers.multiverse import MAX_DEPTH, BranchStructure, Tags
 from hackle.zoo.errors import UserError
-from hackle.zoo.generate.decode import ALONE, NOTHING, check_request, per_graph, stop_ids
+from hackle.zoo.generate.decode import (
+    ALONE,
+    NOTHING,
+    check_request,
+    per_graph,
+    stop_ids,
+    token_lists,
+)
 from hackle.zoo.generate.draft import Draft
 from hackle.zoo.generate.sampling import Sampling, row_keys, sample
 from hackle.zoo.generate.writer import PADDING, Limits, Writer
@@ -115,6 +122,7 @@ def stream_branches(
     """
     if not isinstance(model, CausalDecoder):
         raise UserError(f"{type(model).__name__} has no cache for branches; use generate")
+    (prompt,) = token_lists([prompt])
     check_request(model, [prompt], 1)
     tags = getattr(model.config, "tags", None) if tags is None else tags
     if tags is None:

@@ -37,7 +37,7 @@ def generate(
 
     Args:
       model: any `LanguageModel`, e.g. from `zoo.create` or `zoo.from_pretrained`.
-      prompts: token ids, one list a prompt; lengths may differ.
+      prompts: token ids, one list a prompt, of any lengths; or an int array `[B, L]`.
       max_new_tokens: at most this many new tokens a prompt.
       temperature, top_k, top_p, min_p: see `Sampling`.
       seed: with the row's number and the step, decides every sample.
@@ -50,6 +50,7 @@ def generate(
       UserError: an empty prompt, a token or an `eos` outside the vocabulary, more tokens than the
         model's rotary range (a recurrence has none), or a sampling value out of range.
     """
+    prompts = token_lists(prompts)
     rows: list[list[int]] = [[] for _ in prompts]
     for step in stream(
         model,
@@ -79,6 +80,7 @@ def stream(
     The first step comes alone, the others a few at a time. Arguments and errors as in `generate`;
     they are checked at the call, before anything is computed.
     """
+    prompts = token_lists(prompts)
     check_request(model, prompts, max_new_tokens)
     return _steps(
         model, prompts, max_new_tokens, sampling, seed, stop_ids(eos, model.config.vocab_size)
@@ -203,6 +205,25 @@ def stop_ids(eos: int | Collection[int] | None, vocab_size: int) -> frozenset[in
     if wrong := sorted(token for token in stops if not 0 <= token < vocab_size):
         raise UserError(f"eos={wrong[0]}; the vocabulary is 0..{vocab_size - 1}")
     return stops
+
+
+def token_lists(prompts: Any) -> list[list[int]]:
+    """Prompts as lists of numbers; they may be given as arrays, too.
+
+    Raises:
+      UserError: they are not several rows of whole numbers.
+    """
+    rows = []
+    for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+        array = None if isinstance(prompt, str) else np.asarray(prompt)
+        whole = array is not None and (not array.size or np.issubdtype(array.dtype, np.integer))
+        if array is None or array.ndim != 1 or not whole:
+            raise UserError(
+                f"prompt {row} is {prompt!r}; expected a list of token ids for each prompt, "
+                "as a tokenizer's encode gives"
+            )
+        rows.append(array.tolist())
+    return rows
 
 
 def check_request(

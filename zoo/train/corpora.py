@@ -11,12 +11,13 @@ import numpy as np
 from hackle.layers.multiverse import Tags
 from hackle.zoo.data import PACKINGS, Packing, batches, prepare
 from hackle.zoo.data.pipeline import Batches, RowSource, iterate
-from hackle.zoo.errors import UserError
+from hackle.zoo.errors import UserError, unknown
+from hackle.zoo.local_path import local_path
 from hackle.zoo.mapreduce import SETS, ProblemRows, alphabet, fingerprint, kinds_of
 from hackle.zoo.multiverse.conversations import ConversationRows, encode_file, staged_order
 from hackle.zoo.train.recipe import Recipe
 
-RANDOM = "random"
+RANDOM, PYTHON = "random", "python"
 BRANCHES = "branches"
 HostBatch = dict[str, np.ndarray]
 DataState = Any
@@ -64,6 +65,21 @@ class Corpus(abc.ABC):
 def has_prompts(corpus: str) -> bool:
     """Whether a corpus, by its name in a recipe, holds prompts and what follows them."""
     return corpus in SETS or corpus.endswith(".jsonl")
+
+
+def check_corpus(recipe: Recipe) -> None:
+    """Raises UserError for a corpus or a tokenizer that is not there, without reading either."""
+    corpus, names = recipe.corpus, (PYTHON, RANDOM, *SETS)
+    for field in ("corpus", "tokenizer", "data_dir"):
+        if (value := getattr(recipe, field)) is not None:
+            local_path(value, field)
+    if corpus not in names and not Path(corpus).expanduser().exists():
+        if "/" in corpus or "." in corpus:
+            raise UserError(f"corpus={corpus!r} does not exist; expected a folder or a file")
+        raise unknown("corpus", corpus, names)
+    tokenizer = None if corpus in SETS else recipe.tokenizer  # those have their own
+    if tokenizer is not None and not Path(tokenizer).expanduser().exists():
+        raise UserError(f"tokenizer={tokenizer!r} does not exist; expected a tokenizer.json")
 
 
 def check_packing(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import signal
 import tempfile
 import threading
@@ -17,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 from hackle.zoo.train.checkpoint import Checkpoints, RunFolder, check_identity, with_shardings
 from hackle.zoo.train.metrics import mfu
 from hackle.zoo.train.plan import Plan
@@ -115,7 +117,7 @@ def run(
     if seconds is not None and jax.process_count() > 1:
         raise UserError(f"seconds={seconds}: several processes have no common clock; expected None")
     plan = Plan(recipe)
-    out = Path(out).expanduser()
+    out = local_path(out, "out")
     _require_writable(out)
     folder = RunFolder(out)
     last = folder.latest()
@@ -134,6 +136,9 @@ def run(
             return done
     for line in [source.description, *plan.describe()]:
         say(line)
+    if first and source.corpus.tokenizer_file is not None:
+        # So that what becomes of the run can be read, however it ends.
+        shutil.copyfile(source.corpus.tokenizer_file, out / "tokenizer.json")
     with (
         stop_signals(math.inf if seconds is None else begun + seconds) as stop,
         Run(plan, source, folder, identity, say, begun, progress_every) as it,

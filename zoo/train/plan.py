@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +17,11 @@ from hackle.pjit_configs import ConfigError, Preset, describe_mesh, preset
 from hackle.zoo import registry
 from hackle.zoo.data import load_tokenizer
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 from hackle.zoo.multiverse import MultiverseConfig, add_tags, as_multiverse
 from hackle.zoo.parscale import retrofit
 from hackle.zoo.train.checkpoint import RunFolder, differences
-from hackle.zoo.train.corpora import BRANCHES, RANDOM, check_packing
+from hackle.zoo.train.corpora import BRANCHES, RANDOM, check_corpus, check_packing
 from hackle.zoo.train.metrics import peak_flops, train_flops_per_token
 from hackle.zoo.train.optimizer import decays
 from hackle.zoo.train.recipe import REQUIRED, Recipe
@@ -58,6 +58,7 @@ class Plan:
 
     def __init__(self, recipe: Recipe, devices: list[jax.Device] | None = None):
         self.recipe = recipe
+        check_corpus(recipe)
         check_packing(recipe)
         with user_errors():
             self.preset: Preset = preset(recipe.preset)
@@ -266,7 +267,7 @@ class Trunk:
                 "this recipe starts from a trained P=1 run; give --set start_from=DIR, the --out "
                 "of that run"
             )
-        self.folder = RunFolder(Path(recipe.start_from).expanduser())
+        self.folder = RunFolder(local_path(recipe.start_from, "start_from"))
         step = self.folder.latest()
         if step is None:
             raise UserError(f"start_from={recipe.start_from!r} holds no finished checkpoint")

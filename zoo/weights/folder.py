@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from flax import nnx
 
 from hackle.zoo import registry
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 from hackle.zoo.registry import Family
 from hackle.zoo.weights.table import Row, by_path
 from hackle.zoo.weights.tensor_file import FLOATS, TensorInfo, read_header
@@ -19,6 +21,8 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _NAMES_SHOWN = 8
+# A name on the Hub: owner and repository.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class CheckpointError(UserError):
@@ -118,11 +122,10 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
     """Family, config and raw fields of a folder's config.json.
 
     Raises:
-      UserError: no such folder or file, not JSON, an unsupported model type or field.
+      UserError: no such folder or file, a run of scripts/train.py instead of the model in it, not
+        JSON, an unsupported model type or field.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"checkpoint folder {folder} does not exist")
+    folder = _existing(folder)
     fields = _read_json(folder / CONFIG_FILE)
     if fields.get("model_type") is None:
         raise UserError(f"{folder / CONFIG_FILE}: field model_type is missing")
@@ -133,6 +136,37 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
         raise UserError(f"{folder}: {error}") from error
 
 
+def _existing(folder: str | Path) -> Path:
+    """`folder` with `~` expanded; a UserError that says what to give where it is no checkpoint."""
+    folder = local_path(folder, "checkpoint folder")
+    if folder.is_file():
+        raise UserError(
+            f"checkpoint folder {folder} is a file; expected the folder that holds it: "
+            f"{folder.parent}"
+        )
+    if not folder.is_dir():
+        hint, name = "", folder.as_posix()
+        # With a local folder of the owner's name it is more likely a path mistyped.
+        if _HUB_NAME.fullmatch(name) and not folder.parent.exists():
+            hint = (
+                "; expected a local folder: if this is a name on the Hub, download it first with "
+                f"`hf download {name} --local-dir DIR`"
+            )
+        raise UserError(f"checkpoint folder {folder} does not exist{hint}")
+    if not (folder / CONFIG_FILE).exists():
+        if (folder / "model" / CONFIG_FILE).is_file():
+            raise UserError(
+                f"checkpoint folder {folder} is a training run; expected the model in it: "
+                f"{folder / 'model'}"
+            )
+        if (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"checkpoint folder {folder} is a training run without an exported model; finish "
+                f"it, or write one with scripts/convert.py export {folder} OUT"
+            )
+    return folder
+
+
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Checks a folder: its config, its files, and every tensor's name, shape and dtype.
 
@@ -141,7 +175,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         missing, unexpected and mis-shaped tensors, dtypes that are no floating-point numbers.
       UserError: the folder or its config cannot be read, or the config is not supported.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "checkpoint folder")
     family, config, fields = read_config(folder)
     expected = published_shapes(family, config)
     tensors, problems = _read_headers(folder)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from hackle.zoo import registry
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 from hackle.zoo.weights.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -84,7 +85,7 @@ def save_pretrained(
     shards = _shards(tensors, kind.itemsize, max_shard_bytes)
 
     check_target(folder, overwrite)
-    target = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(local_path(folder, "folder")))
     temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
     Raises:
       UserError: it holds something, is a file, or cannot be made.
     """
-    target = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(local_path(folder, "folder")))
     above = next(p for p in (target, *target.parents) if p.exists())
     if not above.is_dir():
         raise UserError(f"cannot write {target}: {above} is a file")

@@ -324,6 +324,22 @@ def test_masks_refuse_other_shapes_and_types(mask, message):
             attention(query, query, query, mask=mask, implementation=name)
 
 
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (jnp.ones((4, 4), bool), r"got an array bool \(4, 4\)"),
+        ("causal", "got 'causal'"),
+        (masks.Causal, "got the class Causal"),
+        ([masks.Causal()], r"got \[Causal\(\)\]"),
+        (masks.Padding([3]), r"Padding.lengths must be an array of integers \[B\], got \[3\]"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, message):
+    query = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=message):
+        attention(query, query, query, mask=mask)
+
+
 def test_masks_with_one_row_are_for_all():
     query, key, value = draw(SHAPES["multi-head"])
     batch, length = query.shape[:2]
@@ -340,6 +356,9 @@ def test_dtypes_are_not_mixed_and_there_are_keys():
     half = query.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match="query float32, key bfloat16 and value bfloat16 differ"):
         attention(query, half, half)
+    whole = query.astype(jnp.int32)
+    with pytest.raises(ValueError, match="query must be floating-point, got int32"):
+        attention(whole, whole, whole)
     with pytest.raises(ValueError, match=r"key \(1, 0, 2, 8\) has nothing to attend to"):
         attention(query, query[:, :0], query[:, :0])
     with pytest.raises(TypeError):

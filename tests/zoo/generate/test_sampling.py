@@ -100,6 +100,12 @@ def test_eos_stops_a_row_and_only_that_row(model):
     assert several[0] == plain[0][: 1 + min(plain[0].index(stop), plain[0].index(plain[0][1]))]
 
 
+def test_prompts_may_be_arrays(model):
+    want = generate(model, [[1, 2], [3, 4]], max_new_tokens=3)
+    for rows in (jnp.array([[1, 2], [3, 4]]), [np.array([1, 2]), jnp.array([3, 4])]):
+        assert generate(model, rows, max_new_tokens=3) == want
+
+
 def test_eos_that_would_never_come_is_refused(model):
     size = model.config.vocab_size
     for eos in (size, {1, -1}):
@@ -112,6 +118,10 @@ def test_eos_that_would_never_come_is_refused(model):
     [
         ([[1], []], {}, "prompt 1 is empty"),
         ([], {}, "no prompt"),
+        ([1, 2], {}, "prompt 0 is 1; expected a list of token ids for each prompt"),
+        ("hello", {}, "prompt 0 is 'hello'; expected a list of token ids"),
+        (["hello"], {}, "prompt 0 is 'hello'; expected a list of token ids"),
+        ([[0.5]], {}, r"prompt 0 is \[0.5\]; expected a list of token ids"),
         ([[1, 40]], {}, r"token 40 at index 1; the vocabulary is 0\.\.39"),
         ([[-1]], {}, "token -1"),
         ([[1] * 500], {}, "rotary range of 512 tokens"),

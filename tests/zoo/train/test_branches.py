@@ -160,7 +160,9 @@ def test_branches_lie_over_a_mesh(here):
         ({"corpus": "rows.jsonl", "workers": 1}, "workers=1: batches of rows.jsonl take no time"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, message, here, tmp_path):
+def test_what_does_not_fit_is_refused(changes, message, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
     with pytest.raises(UserError, match=message):
         run(here(**changes), tmp_path / "run", say=lambda line: None)
 

@@ -120,7 +120,8 @@ def test_what_a_run_leaves(corpus, tmp_path, lines):
     # The model is that of the checkpoint, in the published layout, with its tokenizer.
     exported = zoo.from_pretrained(tmp_path / "model")
     chex.assert_trees_all_equal(nnx.state(exported), nnx.state(load_model(tmp_path)))
-    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    tokenizer = (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert tokenizer == (tmp_path / "tokenizer.json").read_bytes()  # for what is exported later
     for said in (
         "data: ",
         "model: parscale-tiny-p2 (2 streams)",
