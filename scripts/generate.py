@@ -169,6 +169,8 @@ def published(folder: Path) -> Path:
             f"{folder} is a run without an exported model: finish it, or write one with "
             f"scripts/convert.py export {folder} OUT"
         )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; expected a published model or a run")
     return folder
 
 

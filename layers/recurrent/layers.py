@@ -106,12 +106,14 @@ class _Recurrent(nnx.Module):
         zeros = tuple(jnp.zeros((batch, self.width)) for _ in range(self.cell.states))
         return zeros if self.cell.states > 1 else zeros[0]
 
-    def step(self, x: jax.Array, state: jax.Array | Arrays) -> tuple[jax.Array, jax.Array | Arrays]:
+    def step(
+        self, x: jax.Array, state: jax.Array | Arrays | None = None
+    ) -> tuple[jax.Array, jax.Array | Arrays]:
         """One step, for decoding.
 
         Args:
           x: floating-point `[B, Din]`.
-          state: as `initial_state` makes it, and as this and the layer itself return it.
+          state: as this and the layer itself return it; None is `initial_state`.
 
         Returns:
           `(y [B, D] in x's dtype, the next state, float32)`.
@@ -122,12 +124,16 @@ class _Recurrent(nnx.Module):
         x = self._checked(x, "batch")
         u = self._project(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         rows = tuple(row for w in self._weights() for row in w.astype(u.dtype))
+        state = self.initial_state(len(x)) if state is None else state
         old = state if isinstance(state, tuple | list) else (state,)
         shapes, expected = [jnp.shape(s) for s in old], [(len(x), self.width)] * self.cell.states
         if shapes != expected:
             raise ValueError(
                 f"{type(self).__name__}: state has shapes {shapes}, expected {expected}"
             )
+        kinds = [str(jnp.result_type(s)) for s in old]
+        if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+            raise ValueError(f"{type(self).__name__}: state must be floating-point, got {kinds}")
         new = self.cell.step(tuple(old), tuple(u[:, k] for k in range(3)), rows)
         return new[-1].astype(x.dtype), new if len(new) > 1 else new[0]
 

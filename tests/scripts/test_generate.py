@@ -130,6 +130,11 @@ def test_an_unfinished_run_is_told_from_a_model(script, tmp_path, capsys):
     assert "scripts/convert.py export" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_no_model_is_told(script, tmp_path, capsys):
+    assert call(script, tmp_path, "--prompt", "x") == 2
+    assert f"{tmp_path} holds no config.json; expected a published" in capsys.readouterr().err
+
+
 def test_no_model_and_no_prompt(script, folder, tmp_path, capsys):
     assert call(script, tmp_path / "none", "--prompt", "x") == 2
     assert call(script, folder) == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -71,7 +72,9 @@ def test_a_dry_run_says_what_would_be_and_computes_nothing(script, no_compute, t
     model = script_model(2)
     trunk = script_model(1)
     assert f"{model:,} parameters, {model - trunk:,} trainable, {trunk:,} frozen" in said
-    assert "mesh: cpu1" in said
+    idle = jax.device_count() - 1
+    assert "mesh: cpu1: one device (1 x " in said
+    assert (f"; {idle} more devices are idle, preset=any_fsdp takes all" in said) == (idle > 0)
     assert "768 in all" in said
     # float32 parameters, and two moments and two counters for the trainable ones.
     assert f"parameters {model * 4 / 1024:.2f} KiB" in said

@@ -183,10 +183,12 @@ class Plan:
         streams = getattr(self.config, "streams", 1)
         kind = "attention" if hasattr(self.config, "attention") else "recurrence"
         how = f"{kind} {getattr(self.config, kind) or 'chosen by device'}"
+        idle = jax.device_count() - self.mesh.size
+        rest = f"; {idle} more devices are idle, preset=any_fsdp takes all" if idle else ""
         lines = [
             f"model: {r.model} ({streams} stream{'s' * (streams > 1)}), "
             f"{trainable + frozen:,} parameters, {trainable:,} trainable, {frozen:,} frozen",
-            f"mesh: {self.preset.name}: {describe_mesh(self.mesh)}",
+            f"mesh: {self.preset.name}: {describe_mesh(self.mesh)}{rest}",
             f"dtypes: parameters {precision.params}, compute {precision.compute}; "
             f"{how}; remat {self.config.remat}",
         ]
@@ -270,7 +272,11 @@ class Trunk:
         self.folder = RunFolder(local_path(recipe.start_from, "start_from"))
         step = self.folder.latest()
         if step is None:
-            raise UserError(f"start_from={recipe.start_from!r} holds no finished checkpoint")
+            hint = "; it is a published model: scripts/convert.py import makes a run of it"
+            published = (self.folder.path / "config.json").is_file()
+            raise UserError(
+                f"start_from={recipe.start_from!r} holds no finished checkpoint{hint * published}"
+            )
         self.step = step
         self.identity = self.folder.identity(step)
         whole = self.identity["recipe"]["steps"]

@@ -221,8 +221,19 @@ def test_steps_refuse_inputs(layer):
         shapes = r"expected " + rf"\[\(2, 4\){', .*' * (arrays - 1)}\]"
         with pytest.raises(ValueError, match=f"{layer.__name__}: state has shapes .*, {shapes}"):
             made.step(jnp.zeros((2, 8)), wrong)
+    whole = jax.tree.map(lambda x: x.astype(jnp.int32), state)
+    with pytest.raises(ValueError, match=f"{layer.__name__}: state must be floating-point, got"):
+        made.step(jnp.zeros((2, 8)), whole)
     with pytest.raises(ValueError, match=f"{layer.__name__}: batch=0; expected at least 1"):
         made.initial_state(0)
+
+
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+def test_a_first_step_needs_no_state(layer):
+    made, x = layer(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
+    want = made.step(x, made.initial_state(2))
+    for a, b in zip(jax.tree.leaves(made.step(x)), jax.tree.leaves(want), strict=True):
+        assert jnp.array_equal(a, b)
 
 
 @pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])

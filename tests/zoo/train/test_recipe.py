@@ -125,6 +125,14 @@ def test_what_does_not_fit_model_or_mesh_is_refused(changes, text):
         Plan(chosen.replace(overrides=overrides))
 
 
+def test_a_published_model_is_no_run_to_start_from(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"checkpoint; it is a published model: .*convert.py import"
+    ):
+        Plan(small(start_from=str(tmp_path)))
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_a_decay_without_effect_is_refused(schedule):
     with pytest.raises(UserError, match="decay=5; expected 0, since schedule="):
