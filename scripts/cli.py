@@ -14,8 +14,8 @@ from hackle.zoo.errors import UserError
 # FLAG of hackle/layers/in_place.py: with it, kernels may write in place on GPUs.
 XLA_FLAG = "--xla_gpu_enable_dynamic_slice_fusion=false"
 # Packages of the extras `train` and `hf`, as they are imported.
-OPTIONAL = ("array_record", "grain", "matplotlib", "optax", "orbax", "safetensors", "tensorboardX",
-            "tensorflow_datasets", "tokenizers")  # fmt: skip
+OPTIONAL = ("absl", "array_record", "grain", "matplotlib", "optax", "orbax", "safetensors",
+            "tensorboard", "tensorflow_datasets", "tokenizers", "tqdm")  # fmt: skip
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 

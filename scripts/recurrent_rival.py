@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import recurrent_reference as reference
+from clock import ROUND_SECONDS, ROUNDS
 from hackle.zoo.errors import UserError
 
 # Its kernels index with 32 bits: 3 B D T must be less.
@@ -23,8 +24,6 @@ CELLS = {
     "gru": ("gru_diag_mh", "GRUDiagMH"),
     "lstm": ("lstm_cifg_diag_mh", "LSTMCIFGDiagMH"),
 }
-ROUNDS = 7
-ROUND_SECONDS = 0.03
 
 
 def load(path: Path) -> "Rival":

@@ -36,6 +36,7 @@ from hackle.zoo.errors import UserError
 
 FORMAT = 1
 METADATA = "metadata.json"
+PYTHON = "python"  # what a corpus is called that is the standard library
 BUILDERS: Mapping[str, type[TextFiles]] = {"python_source": PythonSource, "text_folder": TextFolder}
 
 
@@ -123,7 +124,7 @@ def open_corpus(source: str | Path) -> Corpus:
     Raises:
       UserError: the folder is missing, unreadable or empty.
     """
-    return list_python_source() if source == "python" else list_text_folder(source)
+    return list_python_source() if source == PYTHON else list_text_folder(source)
 
 
 def prepare(

@@ -50,16 +50,16 @@ def generate(
       UserError: an empty prompt, a token or an `eos` outside the vocabulary, more tokens than the
         model's rotary range (a recurrence has none), or a sampling value out of range.
     """
-    prompts = token_lists(prompts)
-    rows: list[list[int]] = [[] for _ in prompts]
-    for step in stream(
+    steps = stream(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p),
         seed=seed,
         eos=eos,
-    ):
+    )
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in steps:
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)

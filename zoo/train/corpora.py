@@ -11,13 +11,14 @@ import numpy as np
 from hackle.layers.multiverse import Tags
 from hackle.zoo.data import PACKINGS, Packing, batches, prepare
 from hackle.zoo.data.pipeline import Batches, RowSource, iterate
+from hackle.zoo.data.prepared import PYTHON
 from hackle.zoo.errors import UserError, unknown
 from hackle.zoo.local_path import local_path
 from hackle.zoo.mapreduce import SETS, ProblemRows, alphabet, fingerprint, kinds_of
 from hackle.zoo.multiverse.conversations import ConversationRows, encode_file, staged_order
 from hackle.zoo.train.recipe import Recipe
 
-RANDOM, PYTHON = "random", "python"
+RANDOM = "random"
 BRANCHES = "branches"
 HostBatch = dict[str, np.ndarray]
 DataState = Any
@@ -73,12 +74,12 @@ def check_corpus(recipe: Recipe) -> None:
     for field in ("corpus", "tokenizer", "data_dir"):
         if (value := getattr(recipe, field)) is not None:
             local_path(value, field)
-    if corpus not in names and not Path(corpus).expanduser().exists():
+    if corpus not in names and not Path(corpus).exists():
         if "/" in corpus or "." in corpus:
             raise UserError(f"corpus={corpus!r} does not exist; expected a folder or a file")
         raise unknown("corpus", corpus, names)
     tokenizer = None if corpus in SETS else recipe.tokenizer  # those have their own
-    if tokenizer is not None and not Path(tokenizer).expanduser().exists():
+    if tokenizer is not None and not Path(tokenizer).exists():
         raise UserError(f"tokenizer={tokenizer!r} does not exist; expected a tokenizer.json")
 
 
