@@ -30,13 +30,9 @@ _BURN_IN = 64  # steps
 _FULL = 32 * 1024  # channels times batch times segments that fill the chip
 _SHORTEST = 64  # steps of a segment worth a program
 _CORRECTIONS = 2  # passes between the first and the last
-ROWS = 16  # time steps of a tile in shared memory
-# Bytes of tiles of a program, so that two programs fit on a multiprocessor.
-_SHARED = 104 * 1024
 _MULTIPROCESSORS = 132  # of most Hopper
-# Where no multiprocessor has two programs, forward, bfloat16: with more on its way, memory is up to
-# 15 % slower (H200, reports/LOG.md), with fewer and larger tiles as well.
-_ROWS_ALONE, _SHARED_ALONE = 8, 48 * 1024
+_SHARED = 228 * 1024  # bytes of shared memory of a multiprocessor
+ROWS = 16  # a segment has a multiple of so many steps
 
 
 def unsupported(u: jax.Array) -> str | None:
@@ -149,7 +145,7 @@ def adjoint(
     """As `scan.adjoint`."""
     width, n = u.shape[-1], cell.states
     u, weights, wide = _padded(u, weights, initial)
-    shape = _shape(u, reset is not None, segments, forward=False)
+    shape = _shape(u, reset is not None, segments, 3 + n + sum(x is not None for x in cotangents))
     given = tuple(_wide(x.astype(u.dtype)) for x in cotangents if x is not None)
     states = tuple(map(_wide, states))
     final = tuple(_wide(x.astype(jnp.float32)) for x in final_cotangents)
@@ -196,18 +192,41 @@ def _masks(reset: jax.Array | None, shape: Shape) -> Arrays:
     return (jnp.pad(keep, ((0, 0), (0, 0), (0, KEEP - shape.rows))),)
 
 
-def _shape(u: jax.Array, reset: bool, segments: int | None, *, forward: bool = True) -> Shape:
+def _shape(u: jax.Array, reset: bool, segments: int | None, arrays: int = 3) -> Shape:
+    """How a kernel takes its work that reads so many arrays: forward 3, backward more."""
     batch, time, _, width = u.shape
     if segments is None:
         segments = max(1, min(_FULL // (batch * width), time // _SHORTEST))
     length = -(-time // segments)
-    length = -(-length // ROWS) * ROWS  # a multiple of _ROWS_ALONE, too
+    length = -(-length // ROWS) * ROWS
     segments = -(-time // length)
+    rows, stages, tile, programs = _tiles(batch * width, width, segments, u.dtype, arrays)
+    size = stages * rows * tile * arrays * u.dtype.itemsize
+    reserved = 0 if programs is None else max(0, _SHARED // programs - 3 * 1024 - size)
+    return Shape(batch, time, width, segments, length, rows, stages, tile, reserved, u.dtype, reset)
+
+
+def _tiles(
+    channels: int, width: int, segments: int, dtype: Any, arrays: int
+) -> tuple[int, int, int, int | None]:
+    """Steps of a tile, tiles, channels of a program, and programs that share a multiprocessor.
+
+    Memory is fastest with about 48 KiB on their way to a multiprocessor, and up to 15 % slower with
+    less or with more (H200, reports/LOG.md).
+    """
     # Two channels a lane where there are programs enough.
-    wide = width % (2 * LANES) == 0 and batch * width * segments >= _FULL
+    wide = width % (2 * LANES) == 0 and channels * segments >= _FULL
     tile = 2 * LANES if wide else LANES
-    alone = wide and segments == 1 and batch * width <= _MULTIPROCESSORS * tile
-    rows, shared = ROWS, _SHARED
-    if alone and forward and u.dtype == jnp.bfloat16:
-        rows, shared = _ROWS_ALONE, _SHARED_ALONE
-    return Shape(batch, time, width, segments, length, rows, shared, tile, u.dtype, reset)
+    if segments > 1 or channels < _FULL:
+        size = ROWS * tile * arrays * dtype.itemsize
+        return ROWS, max(2, min(6, 104 * 1024 // size)), tile, None
+    rows = 16 // dtype.itemsize
+    if arrays > 3:
+        return rows, 3, tile, None
+    if wide and channels <= _MULTIPROCESSORS * 2 * LANES:
+        return rows, 4, tile, None
+    # More programs than multiprocessors, but no more than three times as many: small ones, so that
+    # all run at once and none is left to the end.
+    if not wide or channels <= 3 * _MULTIPROCESSORS * LANES:
+        return rows, 3, LANES, 3
+    return rows // 2, 4, tile, 2

@@ -30,9 +30,9 @@ class Shape(NamedTuple):
     Attributes:
       width: D, a multiple of `LANES`.
       segments, length: parts of time, and their steps, a multiple of `rows`.
-      rows: time steps of a tile in shared memory.
-      shared: bytes of shared memory for the tiles of a program.
+      rows, stages: time steps of a tile in shared memory, and how many are there or on their way.
       tile: channels of a program.
+      reserved: bytes of shared memory that are kept unused, so that fewer programs run at once.
       dtype: of u and of the states.
       reset: whether there is a mask of resets.
     """
@@ -43,8 +43,9 @@ class Shape(NamedTuple):
     segments: int
     length: int
     rows: int
-    shared: int
+    stages: int
     tile: int
+    reserved: int
     dtype: Any
     reset: bool
 
@@ -56,11 +57,6 @@ class Shape(NamedTuple):
     def tiles(self) -> int:
         """Of time, in a segment."""
         return self.length // self.rows
-
-    def stages(self, arrays: int) -> int:
-        """Tiles of that many arrays that are in shared memory or on their way."""
-        tile = self.rows * self.tile * arrays * jnp.dtype(self.dtype).itemsize
-        return max(2, min(6, self.shared // tile))
 
     @property
     def unrolled(self) -> int:
@@ -188,7 +184,7 @@ def forward(
                 tile,
                 grid=(tiles,),
                 in_specs=in_specs,
-                max_concurrent_steps=shape.stages(3),
+                max_concurrent_steps=shape.stages,
                 init_carry=carry,
             )(u_ref.at[b], *(k.at[b] for k in keep_refs))
 
@@ -261,7 +257,7 @@ def forward(
     border = jax.ShapeDtypeStruct((grid[0], shape.batch, shape.width), jnp.float32)
     count = n + (0 if role == "last" else n) + (n * n if products else 0)
     out_type = [*([states] * n if role == "first" else []), *[border] * count]
-    return _kernel(body, out_type, grid, interpret)
+    return _kernel(body, out_type, grid, shape.reserved, interpret)
 
 
 def _moved(lanes: _Lanes, entry: Arrays, was: Arrays, before: jax.Array) -> jax.Array:
@@ -369,7 +365,7 @@ def backward(
             tile,
             grid=(shape.tiles,),
             in_specs=in_specs,
-            max_concurrent_steps=shape.stages(3 + n + sum(given)),
+            max_concurrent_steps=shape.stages,
             init_carry=(arriving, sums if write else lanes.identity(n)),
         )(*(ref.at[b] for ref in ins))
         for ref, x in zip(sent_refs, arriving, strict=True):
@@ -390,7 +386,7 @@ def backward(
         out_type = [du, sums, *[border] * n]
     else:
         out_type = [border] * (n + n * n)
-    return _kernel(body, out_type, shape.grid, interpret)
+    return _kernel(body, out_type, shape.grid, shape.reserved, interpret)
 
 
 def _loop(shape: Shape, step: Callable[[Any, Any], Any], carry: Any, interpret: Any) -> Any:
@@ -426,8 +422,10 @@ def _write(shape: Shape, time: jax.Array, places: list[Any], values: Arrays) -> 
         store()
 
 
-def _kernel(body, out_type, grid, interpret):
+def _kernel(body, out_type, grid, reserved: int, interpret):
     options = {} if interpret is None else {"interpret": interpret}
+    if reserved:  # comes last among the arguments of `body`, which does not look at it
+        options["scratch_types"] = [plgpu.SMEM((reserved,), jnp.int8)]
     return plgpu.kernel(
         body,
         out_type=out_type,
