@@ -202,7 +202,8 @@ def test_bfloat16_stores_and_float32_computes(cell, method):
     assert error(final, wide_final) <= (2e-5 if coarse else 1e-6)
     # At most the neighbouring bfloat16, and nearly always the same.
     gap = np.abs(np.asarray(output, np.float64) - np.asarray(wide.astype(jnp.bfloat16), np.float64))
-    assert np.all(gap <= 2**-7 * np.abs(np.asarray(wide))) and np.mean(gap > 0) < 1e-2
+    allowed = 2**-7 * np.abs(np.asarray(wide)) + (2e-5 if coarse else 0)
+    assert np.all(gap <= allowed) and np.mean(gap > 0) < (5e-2 if coarse else 1e-2)
 
 
 @every_method
