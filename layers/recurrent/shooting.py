@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     Attributes:
       states: of all times, in the caller's layout.
       ends, entries: states after and before each segment, arrays `[S, B, D]`.
-      products: d(end) / d(entry), a block of arrays `[S, B, D]`.
+      products: d(end) / d(entry), a block of arrays `[S, B, D]`; empty where `shoot` makes them.
       progress: iterations of this pass and those before it, and whether what ran the segments of
         this one converged.
     """
@@ -139,6 +139,7 @@ def shoot(
     *,
     tolerance: float = TOLERANCE,
     max_passes: int | None = None,
+    products: Callable[[Pass], Block] | None = None,
     over: tuple[str, ...] = (),
 ) -> Pass:
     """Passes over the segments until each enters where the one before it ended.
@@ -149,6 +150,7 @@ def shoot(
       initial: the entry of the first segment.
       tolerance: of the difference between an entry and the end before it.
       max_passes: None is the number of segments, after which every entry is exact, by causality.
+      products: makes those of a pass that has none, if there is another.
       over: mesh axes whose devices stop together.
 
     Returns:
@@ -169,7 +171,9 @@ def shoot(
 
     def body(carry):
         passed, passes, _ = carry
-        (before, _), passed = passed.progress, march(_corrected(passed, initial))
+        block = passed.products if products is None else products(passed)
+        entries = _corrected(passed._replace(products=block), initial)
+        (before, _), passed = passed.progress, march(entries)
         iterations, converged = passed.progress
         passed = passed._replace(progress=Progress(before + iterations, converged))
         return passed, passes + 1, gap(passed)

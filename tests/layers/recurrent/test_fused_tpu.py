@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from hackle.layers.recurrent import cells, fused_tpu
+from hackle.layers.recurrent import cells, fused_tpu, fused_tpu_kernels, fused_tpu_tiles, shooting
 from tests import tpu_compile
 
 CELLS = {"gru": cells.GRU(), "lstm": cells.LSTM()}
@@ -131,9 +131,9 @@ def test_gradients(name, shape, dtype, resets):
 def test_many_tiles(name, monkeypatch):
     """Tiles of one column and some blocks: the state crosses between both, along time alone."""
     cell = CELLS[name]
-    monkeypatch.setattr(fused_tpu, "_VMEM", 2 * 9 * 2**16)  # two blocks of 9 arrays backward
-    monkeypatch.setattr(fused_tpu, "_FORWARD", 1)
-    monkeypatch.setattr(fused_tpu, "_BACKWARD", 1)
+    monkeypatch.setattr(fused_tpu_tiles, "_VMEM", 2 * 9 * 2**16)  # two blocks of 9 arrays backward
+    monkeypatch.setattr(fused_tpu_kernels, "FORWARD", 1)
+    monkeypatch.setattr(fused_tpu_kernels, "_BACKWARD", 1)
     given = draw(cell, (9, 43, 140), jnp.float32, resets=True)
     mode = pltpu.InterpretParams()
     states, final = jax.jit(functools.partial(fused_tpu.solve, cell, interpret=mode))(*given)
@@ -150,10 +150,68 @@ def test_a_tile_of_several_blocks_equals_several_tiles(monkeypatch):
     cell = CELLS["gru"]
     given = draw(cell, (1, 40, 1), jnp.float32, resets=False)
     whole = fused_tpu.solve(cell, *given, interpret=True)
-    monkeypatch.setattr(fused_tpu, "_VMEM", 1)
+    monkeypatch.setattr(fused_tpu_tiles, "_VMEM", 1)
     cut = fused_tpu.solve(cell, *given, interpret=True)
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+SEGMENTED = {  # (B, T, D), segments, dtype, resets
+    "four": ((1, 96, 200), 4, jnp.float32, False),
+    "ragged": ((2, 45, 130), 3, jnp.float32, True),
+    "ragged, bfloat16": ((1, 70, 128), 3, jnp.bfloat16, True),
+    "two tiles of segments": ((2, 88, 530), 11, jnp.float32, False),
+}
+
+
+@pytest.mark.parametrize("shape, segments, dtype, resets", SEGMENTED.values(), ids=SEGMENTED)
+@pytest.mark.parametrize("name", CELLS)
+def test_segments(name, shape, segments, dtype, resets, monkeypatch):
+    """A burn-in too short for them: entries are corrected."""
+    monkeypatch.setattr(fused_tpu, "_BURN_IN", 8 if dtype == jnp.float32 else 16)
+    cell = CELLS[name]
+    given = draw(cell, shape, dtype, resets)
+    how = {"segments": segments, "interpret": pltpu.InterpretParams()}
+    states, final = jax.jit(functools.partial(fused_tpu.solve, cell, **how))(*given)
+    want, want_final = loop(cell, *given)
+    assert all(x.dtype == dtype and x.shape == shape for x in states)
+    compare(states, want, 5e-6 if dtype == jnp.float32 else 2**-8)
+    compare(final, want_final, 5e-6)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_corrections_of_segments_are_needed(name, monkeypatch):
+    """A cell that hardly forgets: without them, entries are far off."""
+    cell = CELLS[name]
+    monkeypatch.setattr(fused_tpu, "_BURN_IN", 8)
+    u, *given = draw(cell, (1, 64, 128), jnp.float32, resets=False)
+    u = u.at[:, :, 0].add({"gru": -3, "lstm": 3}[name])
+    how = {"segments": 4, "interpret": pltpu.InterpretParams()}
+    want = loop(cell, u, *given)
+    compare(fused_tpu.solve(cell, u, *given, **how), want, 5e-6)
+    monkeypatch.setattr(shooting, "shoot", lambda passed, *_, **__: passed)
+    (*_, h), _ = fused_tpu.solve(cell, u, *given, **how)
+    assert np.max(np.abs(h - want[0][-1])) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, expected",
+    [
+        ((1, 8192, 1024), jnp.float32, (4, 2048)),
+        ((1, 1000, 1024), jnp.bfloat16, (4, 256)),
+        ((1, 8192, 64), jnp.float32, (32, 256)),
+        ((8, 8192, 128), jnp.float32, (32, 256)),
+        ((2, 8192, 1024), jnp.float32, (4, 2048)),
+        ((2, 300, 1024), jnp.float32, (1, 300)),
+        ((1, 255, 1024), jnp.float32, (1, 255)),
+        ((8, 8192, 1024), jnp.float32, (1, 8192)),
+        ((1, 8192, 4096), jnp.float32, (1, 8192)),
+    ],
+)
+def test_segments_where_registers_are_not_filled(shape, dtype, expected):
+    batch, time, width = shape
+    u = jax.ShapeDtypeStruct((batch, time, 3, width), dtype)
+    assert fused_tpu._segments(u, None) == expected
 
 
 def test_unsupported_says_why():
@@ -180,7 +238,13 @@ def programs(shapes):
 
 
 def usual_programs():
-    yield from programs([((8, 2048, 1024), jnp.bfloat16, False), ((3, 19, 130), jnp.float32, True)])
+    yield from programs(
+        [
+            ((8, 2048, 1024), jnp.bfloat16, False),
+            ((3, 19, 130), jnp.float32, True),
+            ((1, 2048, 1024), jnp.float32, False),
+        ]
+    )
 
 
 def more_programs():
@@ -189,6 +253,7 @@ def more_programs():
             ((1, 1, 1), jnp.float32, False),
             ((1, 4096, 4096), jnp.float32, True),
             ((1, 8192, 64), jnp.float32, True),
+            ((2, 5000, 1024), jnp.bfloat16, True),
             ((2, 300, 384), jnp.bfloat16, True),
             ((13, 1, 200), jnp.bfloat16, True),
             ((32, 1024, 4096), jnp.float32, False),
@@ -200,14 +265,14 @@ def more_programs():
 @pytest.mark.parametrize("chip", tpu_compile.CHIPS)
 def test_compiles(chip):
     texts = tpu_compile.compiled(chip, usual_programs)
-    assert len(texts) == 8
+    assert len(texts) == 12
     assert all("tpu_custom_call" in text for text in texts.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", tpu_compile.CHIPS)
 def test_compiles_at_other_sizes(chip):
-    assert len(tpu_compile.compiled(chip, more_programs)) == 28
+    assert len(tpu_compile.compiled(chip, more_programs)) == 32
 
 
 def projection():
@@ -238,12 +303,25 @@ def projection():
     initial = (jax.ShapeDtypeStruct((batch, width), jnp.float32),)
     yield "layer", jax.grad(loss, argnums=(0, 1, 2)), (x, kernel, weights, initial)
 
+    def segmented(x, kernel, weights, initial):
+        u = jnp.einsum("bti,ikd->btkd", x, kernel)
+        return fused_tpu.solve(cell, u, weights, initial, None)
+
+    x = jax.ShapeDtypeStruct((1, 8192, width), jnp.float32)
+    initial = (jax.ShapeDtypeStruct((1, width), jnp.float32),)
+    yield "segments", segmented, (x, kernel, weights, initial)
+
 
 def test_u_is_never_copied():
     """The GEMM writes u as the kernels read it, and reads du as they write it."""
-    text = tpu_compile.compiled("v5e", projection)["layer"]
-    entry = text[text.index("ENTRY") :]
-    made = re.findall(r" = f32\[(?:8,3,2048|8,2048,3),1024\]\S* ([a-z-]+)\(", entry)
-    # One fusion, of the GEMM that gives u. The rest is the kernel's result under other shapes.
-    assert made.count("fusion") == 1
-    assert set(made) <= {"fusion", "bitcast", "get-tuple-element"}
+    texts = tpu_compile.compiled("v5e", projection)
+    views = {
+        "layer": "(?:8,3,2048|8,2048,3),1024",
+        "segments": "(?:8192,3|1,8192,3|1,4,2048,3|1,3,4,2048),1024",
+    }
+    for name, shapes in views.items():
+        entry = texts[name][texts[name].index("ENTRY") :]
+        made = re.findall(rf" = f32\[{shapes}\]\S* ([a-z-]+)\(", entry)
+        # One fusion, of the GEMM that gives u. The rest is it or du under other shapes.
+        assert made.count("fusion") == 1
+        assert set(made) <= {"fusion", "bitcast", "get-tuple-element"}
