@@ -38,7 +38,8 @@ class CausalDecoder(LanguageModel):
       attention: implementation passed to `layers.attention`.
 
     Raises:
-      ValueError: a size is not positive, or sizes do not fit each other.
+      ValueError: a size is not positive, sizes do not fit each other, or `remat` or `attention` is
+        unknown.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from hackle.layers.attention import attention
+from hackle.layers.attention.dispatch import check_implementation
 from hackle.layers.attention.masks import Mask
 from hackle.layers.cache import KeyValueCache
 from hackle.layers.linear import Linear
@@ -29,6 +30,9 @@ class SelfAttention(nnx.Module):
       streams, prefix_length: with two or more streams, each has `prefix_length` learned keys and
         values, and the layer takes `[P, B, L, D]`.
       implementation: passed to `attention`.
+
+    Raises:
+      ValueError: no implementation has this name.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class SelfAttention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        check_implementation(implementation)
+
         def projection(count: int, axis: str) -> Linear:
             axes = ("embed", axis, "head_width")
             return Linear((width,), (count, head_width), axes, bias=bias, rngs=rngs)

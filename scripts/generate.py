@@ -62,10 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     from hackle.zoo.data import load_tokenizer
     from hackle.zoo.generate import Sampling, stream
     from hackle.zoo.generate.text import TextStream, stop_tokens
+    from hackle.zoo.weights.folder import published, read_config
 
     prompts = read_prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     folder = published(args.model)
+    read_config(folder)  # what is no model is told before a tokenizer that is not there
     tokenizer = load_tokenizer(args.tokenizer or folder)
     preset = None
     if args.preset is not None:
@@ -150,28 +152,11 @@ def draw(
     for draft in drafts:
         lines = columns(draft.parts, text, size.columns)
         screen.update(lines, last=draft.finish is not None)
+    why = draft.error or (draft.limit and f"limit of {draft.limit}")
     print(
         f"--- {draft.total} tokens, {draft.critical_path} of them one after the other, "
-        f"{draft.forks} blocks; ended: {draft.finish}" + f" ({draft.error})" * bool(draft.error)
+        f"{draft.forks} blocks; ended: {draft.finish}" + f" ({why})" * bool(why)
     )
-
-
-def published(folder: Path) -> Path:
-    """The published folder that `folder` is, or that a finished run has inside."""
-    from hackle.zoo.errors import UserError
-
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; expected a published model or a run")
-    if (folder / "model").is_dir():
-        return folder / "model"
-    if (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"{folder} is a run without an exported model: finish it, or write one with "
-            f"scripts/convert.py export {folder} OUT"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json; expected a published model or a run")
-    return folder
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

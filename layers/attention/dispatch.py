@@ -179,6 +179,18 @@ def _named(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else repr(thing)
 
 
+def check_implementation(name: str | None) -> None:
+    """Raises ValueError unless `name` is None or that of an implementation.
+
+    Whether it can run is known only with its arguments.
+    """
+    if name is not None and name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown attention implementation {name!r}; "
+            f"expected one of {sorted(_IMPLEMENTATIONS)} or None"
+        )
+
+
 def _choose(
     implementation: str | None,
     preference: Sequence[str],
@@ -198,11 +210,7 @@ def _choose(
             reasons.append(reason)
             barred |= in_place.FLAG in reason and unsuited is None
         raise AssertionError("XLA supports everything")
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {implementation!r}; "
-            f"expected one of {sorted(_IMPLEMENTATIONS)} or None"
-        )
+    check_implementation(implementation)
     reason = _unsupported(implementation, query, key, mask)
     if reason is not None:
         raise NotImplementedError(f"attention implementation {implementation!r}: {reason}")

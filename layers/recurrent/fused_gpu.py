@@ -217,12 +217,14 @@ def _tiles(
     # Two channels a lane where there are programs enough.
     wide = width % (2 * LANES) == 0 and channels * segments >= _FULL
     tile = 2 * LANES if wide else LANES
-    if segments > 1 or channels < _FULL:
+    rows = 16 // dtype.itemsize
+    if segments > 1 or channels <= _FULL // 2 or (channels < _FULL and arrays > 3):
         size = ROWS * tile * arrays * dtype.itemsize
         return ROWS, max(2, min(6, 104 * 1024 // size)), tile, None
-    rows = 16 // dtype.itemsize
     if arrays > 3:
         return rows, 3, tile, None
+    if channels < _FULL:
+        return 2 * rows, 4, tile, 2
     if wide and channels <= _MULTIPROCESSORS * 2 * LANES:
         return rows, 4, tile, None
     # More programs than multiprocessors, but no more than three times as many: small ones, so that

@@ -88,7 +88,7 @@ def test_branches_are_drawn_side_by_side(script, branching, capsys, monkeypatch)
     counts = (
         f"--- {draft.total} tokens, {draft.critical_path} of them one after the other, 1 blocks"
     )
-    assert shown[-1].startswith(f"{counts}; ended: {draft.finish}")
+    assert shown[-1] == f"{counts}; ended: length (limit of tokens)"
 
 
 def test_a_model_that_branches_read_as_plain_text_is_told(script, branching, folder, capsys):
@@ -133,6 +133,13 @@ def test_an_unfinished_run_is_told_from_a_model(script, tmp_path, capsys):
 def test_a_folder_that_is_no_model_is_told(script, tmp_path, capsys):
     assert call(script, tmp_path, "--prompt", "x") == 2
     assert f"{tmp_path} holds no config.json; expected a published" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_told_before_its_tokenizer(script, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert call(script, tmp_path, "--prompt", "x") == 2
+    assert "model_type 'gpt2' is not supported" in capsys.readouterr().err
 
 
 def test_no_model_and_no_prompt(script, folder, tmp_path, capsys):

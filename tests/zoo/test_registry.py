@@ -150,6 +150,7 @@ def test_create_makes_a_model_with_overrides():
         ("dense-tiny", {"widht": 2}, "did you mean width"),
         ("dense-tiny", {"kv_heads": 3}, "dense-tiny: heads=4"),
         ("dense-tiny", {"remat": "some"}, "dense-tiny: remat='some'"),
+        ("dense-tiny", {"attention": "flash"}, "dense-tiny: unknown attention implementation 'fl"),
         ("multiverse-tiny", {"vocab_size": 139}, "multiverse-tiny: tag </Conclusion> has token id"),
         ("multiverse-tiny", {"tags": 7}, "multiverse-tiny: tags=7; expected"),
     ],

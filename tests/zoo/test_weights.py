@@ -184,3 +184,5 @@ def test_execution_fields_are_chosen_at_loading(golden):
     assert (model.config.remat, model.config.attention) == ("full", "reference")
     with pytest.raises(UserError, match="remat='some'"):
         zoo.from_pretrained(golden, remat="some")
+    with pytest.raises(UserError, match="unknown attention implementation 'flash'; expected one"):
+        zoo.from_pretrained(golden, attention="flash")

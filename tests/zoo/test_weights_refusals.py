@@ -40,7 +40,7 @@ DAMAGE = {
     "model type": (lambda f: edit_config(f, model_type="gpt2"), "model_type 'gpt2'"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json; expected a publ"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "model_type is missing"),
     "no weights": (lambda f: (f / SINGLE).unlink(), f"neither {SINGLE} nor {INDEX}"),
     "truncated": (truncate, r"truncated: \d+ of \d+ bytes"),

@@ -7,6 +7,7 @@ and at a join nothing is computed again: the conclusion sees all paths because i
 
 import functools
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -68,7 +69,8 @@ def generate_branches(
     - Any other stop token within a block, more outlines than `max_branches`, or an outline
       without index: "malformed".
     - A goal without outlines announces no paths: the model writes them itself, one by one.
-    - A limit that the next tokens would exceed: "length". Several paths may be open then.
+    - A limit that the next tokens would exceed: "length", and which limit. Several paths may be
+      open then.
 
     Args:
       model: with a key-value cache, e.g. a `MultiverseLM`.
@@ -88,7 +90,8 @@ def generate_branches(
     Raises:
       UserError: a prompt that is empty, too long, has a token outside of the vocabulary or breaks
         the grammar; a model without a cache for branches, or without tags, or with a tag outside
-        of the vocabulary; a limit or a sampling value out of range.
+        of the vocabulary; a limit or a sampling value out of range, or more tokens than there is
+        memory for.
     """
     steps = stream_branches(
         model,
@@ -138,13 +141,48 @@ def stream_branches(
         stops=stop_ids(eos, model.config.vocab_size),
         key=row_keys(seed, 1)[0],
     )
-    return _steps(model, writer, len(prompt) + limits.tokens, limits.depth, sampling)
+    capacity = _capacity(model, len(prompt) + PADDING, limits)
+    return _steps(model, writer, capacity, limits.depth, sampling)
 
 
-def _steps(model, writer, tokens, depth, sampling):
+def _capacity(model: CausalDecoder, others: int, limits: Limits) -> int:
+    """Of a cache for all new tokens and `others`.
+
+    Positions do not bound it: paths share them.
+
+    Raises:
+      UserError: it does not fit into memory, beside the model.
+    """
+    capacity = -(-(others + limits.tokens) // _ROUND) * _ROUND
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    cache = jax.eval_shape(lambda: model.init_cache(1, capacity, branch_depth=limits.depth))
+    asked, slots = _bytes(jax.tree.leaves(cache)), cache.positions.shape[1]
+    room = _memory(set().union(*(x.devices() for x in parameters))) - _bytes(parameters)
+    if asked > room:
+        fitting = (room * slots // asked - cache.prefix_length) // _ROUND * _ROUND
+        raise UserError(
+            f"limit of tokens must be <= {max(fitting - others, 0)} in this memory, got "
+            f"{limits.tokens}: their cache takes {asked / 2**30:.1f} GiB, beside the model there "
+            f"are {room / 2**30:.1f} GiB"
+        )
+    return capacity
+
+
+def _bytes(arrays: Collection[jax.Array | jax.ShapeDtypeStruct]) -> int:
+    return sum(x.size * x.dtype.itemsize for x in arrays)
+
+
+def _memory(devices: Collection[jax.Device]) -> int:
+    """Bytes that JAX may use on devices; where they do not say, as CPUs, those of the host."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if None in limits:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(limits)
+
+
+def _steps(model, writer, capacity, depth, sampling):
     graph, state = nnx.split(model)
     special = jnp.asarray(writer.special)
-    capacity = -(-(tokens + PADDING) // _ROUND) * _ROUND
     cache = _empty_cache(graph, capacity, depth, state)
     step, go_on = _step_of(graph), _go_on_of(graph)
     yield writer.draft

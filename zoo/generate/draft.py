@@ -33,9 +33,11 @@ class Draft:
       start: position of the first token.
       steps: turns of the model, the prompt's included.
       finish: why it ended; None while it is written. "stop": at a token that stops it. "length":
-        a limit of tokens or positions was reached. "malformed": a tag broke the grammar, or the
-        text stopped within a block; see `error`.
+        the next tokens would exceed a `limit`. "malformed": a tag broke the grammar, or the text
+        stopped within a block; see `error`.
       error: what is wrong with a malformed text.
+      limit: which one it reached: "tokens" and "critical_path" are those of `Limits`, "positions"
+        is the model's rotary range.
     """
 
     parts: list[Written | Fork]
@@ -43,6 +45,7 @@ class Draft:
     steps: int = 0
     finish: Literal["stop", "length", "malformed"] | None = None
     error: str | None = None
+    limit: Literal["tokens", "critical_path", "positions"] | None = None
 
     def written(self) -> Iterator[Written]:
         """All tokens in the order of the text: a fork's paths one after the other."""

@@ -72,7 +72,7 @@ class Strand:
 
 
 class _Full(Exception):
-    """The next token would exceed a limit."""
+    """The next token would exceed a limit, `Draft.limit`."""
 
 
 class Writer:
@@ -118,7 +118,8 @@ class Writer:
         except BranchError as error:
             raise UserError(f"prompt: {error}") from error
         self.draft = Draft([], start=reader.position)
-        self._end = min(range_end, reader.position + (limits.critical_path or math.inf))
+        far = reader.position + (limits.critical_path or math.inf)
+        self._end, self._bound = min((range_end, "positions"), (far, "critical_path"))
         self._total = 0
         text = Strand(reader, self.draft.parts, key, waiting=waiting)
         self.live = [text]
@@ -177,16 +178,15 @@ class Writer:
                 self._take(strand, token)
 
         self._guard(take)
-        ends = [strand.reader.position >= self._end for strand in self.live]
-        if self.draft.finish is None and (self._total >= self.limits.tokens or any(ends)):
-            self.draft.finish = "length"
+        if self.draft.finish is None:
+            self._guard(lambda: self._check_room(max(s.reader.position for s in self.live)))
 
     def _guard(self, act: Callable[[], object]) -> None:
         """Finishes the draft where `act` cannot go on."""
         try:
             act()
-        except _Full:
-            self.draft.finish = "length"
+        except _Full as full:
+            self.draft.finish, self.draft.limit = "length", full.args[0]
         except BranchError as error:
             self.draft.finish, self.draft.error = "malformed", error.reason
 
@@ -207,14 +207,19 @@ class Writer:
         self._follow(strand, token)
 
     def _write(self, strand: Strand, token: int, chosen: bool) -> None:
-        if self._total >= self.limits.tokens:
-            raise _Full
+        self._check_room()
         place = strand.reader.feed(token)
-        if place.position >= self._end:
-            raise _Full
+        self._check_room(place.position)
         self._total += 1
         strand.parts.append(Written(token, place, chosen))
         strand.waiting.append((token, place))
+
+    def _check_room(self, position: int = 0) -> None:
+        """Raises _Full where a limit leaves none for a token at `position`."""
+        if self._total >= self.limits.tokens:
+            raise _Full("tokens")
+        if position >= self._end:
+            raise _Full(self._bound)
 
     def _write_all(self, strand: Strand, tokens: Sequence[int]) -> None:
         """Tokens of the decoder."""

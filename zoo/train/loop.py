@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from hackle.zoo.errors import UserError
 from hackle.zoo.local_path import local_path
 from hackle.zoo.train.checkpoint import Checkpoints, RunFolder, check_identity, with_shardings
+from hackle.zoo.train.lock import locked
 from hackle.zoo.train.metrics import mfu
 from hackle.zoo.train.plan import Plan
 from hackle.zoo.train.recipe import Recipe
@@ -104,8 +105,8 @@ def run(
         begun is finished, and so is a validation.
 
     Raises:
-      UserError: the recipe cannot be run, `out` cannot be written, or its checkpoint is of
-        another recipe; always before any compute.
+      UserError: the recipe cannot be run, `out` cannot be written or another process trains
+        there, or its checkpoint is of another recipe; always before any compute.
       NonFiniteError: see `Recipe.max_nonfinite`; the last checkpoint stays as it is.
     """
     begun = time.monotonic()
@@ -119,31 +120,32 @@ def run(
     plan = Plan(recipe)
     out = local_path(out, "out")
     _require_writable(out)
-    folder = RunFolder(out)
-    last = folder.latest()
-    if resume == "must" and last is None:
-        raise UserError(f"resume=must, but {out} holds no checkpoint")
-    if resume == "never" and last is not None:
-        raise UserError(f"resume=never, but {out} holds a checkpoint of step {last}")
-    source = Source(recipe)
-    plan.check_tags(source.corpus.tags)
-    identity = plan.identity(source.fingerprint)
-    saved = None if last is None else folder.metadata(last)
-    if last is not None and saved is not None:
-        check_identity(saved["identity"], identity, folder.checkpoints / str(last))
-        if last >= recipe.steps and (done := _finished(out)) is not None:
-            say(f"finished before: {out} holds all {recipe.steps} steps; nothing to do")
-            return done
-    for line in [source.description, *plan.describe()]:
-        say(line)
-    if first and source.corpus.tokenizer_file is not None:
-        # So that what becomes of the run can be read, however it ends.
-        shutil.copyfile(source.corpus.tokenizer_file, out / "tokenizer.json")
-    with (
-        stop_signals(math.inf if seconds is None else begun + seconds) as stop,
-        Run(plan, source, folder, identity, say, begun, progress_every) as it,
-    ):
-        return it.train(last, saved, stop)
+    with locked(out):
+        folder = RunFolder(out)
+        last = folder.latest()
+        if resume == "must" and last is None:
+            raise UserError(f"resume=must, but {out} holds no checkpoint")
+        if resume == "never" and last is not None:
+            raise UserError(f"resume=never, but {out} holds a checkpoint of step {last}")
+        source = Source(recipe)
+        plan.check_tags(source.corpus.tags)
+        identity = plan.identity(source.fingerprint)
+        saved = None if last is None else folder.metadata(last)
+        if last is not None and saved is not None:
+            check_identity(saved["identity"], identity, folder.checkpoints / str(last))
+            if last >= recipe.steps and (done := _finished(out)) is not None:
+                say(f"finished before: {out} holds all {recipe.steps} steps; nothing to do")
+                return done
+        for line in [source.description, *plan.describe()]:
+            say(line)
+        if first and source.corpus.tokenizer_file is not None:
+            # So that what becomes of the run can be read, however it ends.
+            shutil.copyfile(source.corpus.tokenizer_file, out / "tokenizer.json")
+        with (
+            stop_signals(math.inf if seconds is None else begun + seconds) as stop,
+            Run(plan, source, folder, identity, say, begun, progress_every) as it,
+        ):
+            return it.train(last, saved, stop)
 
 
 class Run:

@@ -125,7 +125,11 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
       UserError: no such folder or file, a run of scripts/train.py instead of the model in it, not
         JSON, an unsupported model type or field.
     """
-    folder = _existing(folder)
+    folder = local_path(folder, "checkpoint folder")
+    if (inside := published(folder)) != folder:
+        raise UserError(
+            f"checkpoint folder {folder} is a training run; expected the model in it: {inside}"
+        )
     fields = _read_json(folder / CONFIG_FILE)
     if fields.get("model_type") is None:
         raise UserError(f"{folder / CONFIG_FILE}: field model_type is missing")
@@ -136,8 +140,12 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
         raise UserError(f"{folder}: {error}") from error
 
 
-def _existing(folder: str | Path) -> Path:
-    """`folder` with `~` expanded; a UserError that says what to give where it is no checkpoint."""
+def published(folder: str | Path) -> Path:
+    """The published folder that `folder` is, or that a finished run has inside; `~` is expanded.
+
+    Raises:
+      UserError: it is neither; says what to give instead.
+    """
     folder = local_path(folder, "checkpoint folder")
     if folder.is_file():
         raise UserError(
@@ -153,18 +161,17 @@ def _existing(folder: str | Path) -> Path:
                 f"`hf download {name} --local-dir DIR`"
             )
         raise UserError(f"checkpoint folder {folder} does not exist{hint}")
-    if not (folder / CONFIG_FILE).exists():
-        if (folder / "model" / CONFIG_FILE).is_file():
-            raise UserError(
-                f"checkpoint folder {folder} is a training run; expected the model in it: "
-                f"{folder / 'model'}"
-            )
-        if (folder / "checkpoints").is_dir():
-            raise UserError(
-                f"checkpoint folder {folder} is a training run without an exported model; finish "
-                f"it, or write one with scripts/convert.py export {folder} OUT"
-            )
-    return folder
+    for found in (folder, folder / "model"):
+        if (found / CONFIG_FILE).is_file():
+            return found
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"checkpoint folder {folder} is a training run without an exported model; finish "
+            f"it, or write one with scripts/convert.py export {folder} OUT"
+        )
+    raise UserError(
+        f"checkpoint folder {folder} holds no {CONFIG_FILE}; expected a published model"
+    )
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -276,8 +283,6 @@ def _read_headers(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -51,7 +51,8 @@ def from_pretrained(
 
     Raises:
       UserError: the folder cannot be loaded, with all reasons in one line; or a parameter does
-        not fit the mesh; or the model has no attention or no recurrence to choose.
+        not fit the mesh; or the model has no attention or no recurrence to choose, or none of that
+        name.
     """
     wanted = None if dtype is None else floating(dtype)
     checkpoint = open_checkpoint(folder)

@@ -248,6 +248,7 @@ def test_the_stream_grows_one_draft():
         ([0] * 600, {}, "rotary range of 600 tokens"),
         ([0, ID["</Path>"]], {}, "prompt: token 1: </Path> ends a path, but none is open"),
         ([0], dict(max_new_tokens=0), "limit of tokens must be >= 1, got 0"),
+        ([0], dict(max_new_tokens=10**12), r"limit of tokens must be <= \d+ in .*, got 10{12}: their"),
         ([0], dict(max_critical_path=0), "limit of critical_path must be >= 1, got 0"),
         ([0], dict(max_branches=0), "limit of branches must be >= 1, got 0"),
         ([0], dict(max_branches=None), "limit of branches must be >= 1, got None"),
@@ -260,6 +261,19 @@ def test_the_stream_grows_one_draft():
 def test_bad_requests_are_refused_before_compute(prompt, changes, message):
     with pytest.raises(UserError, match=message):
         decode(branching(0), prompt, **changes)
+
+
+def test_the_memory_beside_the_model_bounds_the_tokens(monkeypatch):
+    model = branching(0)
+    held = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    monkeypatch.setattr(branches, "_memory", lambda devices: held + 400_000)
+    with pytest.raises(UserError, match=r"limit of tokens must be <= \d+ in") as caught:
+        decode(model, [0], max_new_tokens=10_000)
+    most = int(str(caught.value).split("<= ")[1].split()[0])
+    assert 1000 < most < 400_000 / 256, "a token takes 256 bytes, and where it is"
+    assert decode(model, [0], max_new_tokens=most).finish is not None
+    with pytest.raises(UserError, match=f"must be <= {most} in .*, got {most + 1}:"):
+        decode(model, [0], max_new_tokens=most + 1)
 
 
 def test_a_model_without_slots_is_refused():

@@ -147,11 +147,12 @@ def choose_by_index(**texts):
 
 
 def outcome(text, *, p1=".a", p2="..a", prompt="..", **how):
-    """What was written, why it ended, and what was wrong. `text` has the tokens that the decoder
+    """What was written, why or at which limit it ended, and what was wrong. `text` has the tokens that the decoder
     writes, too: it is read at the place of the draft."""
     w = writer(prompt, **how)
     play(w, choose_by_index(text=text, p1=p1, p2=p2))
-    return read(w.draft.tokens), w.draft.finish, w.draft.error
+    assert (w.draft.finish == "length") == (w.draft.limit is not None)
+    return read(w.draft.tokens), w.draft.limit or w.draft.finish, w.draft.error
 
 
 def test_a_fork_and_a_join():
@@ -230,7 +231,7 @@ def test_the_limit_of_tokens_holds_at_every_place():
     for most in range(1, len(whole) + 3):
         text, finish, error = outcome(f".{GOAL}-g-C.cp.$", limits=Limits(most))
         assert error is None
-        assert finish == ("stop" if most >= len(whole) else "length")
+        assert finish == ("stop" if most >= len(whole) else "tokens")
         assert len(text) == min(most, len(whole))
 
 
@@ -240,11 +241,16 @@ def test_the_limit_of_the_critical_path_and_the_rotary_range():
     play(w, choose_by_index(text=f"{GOAL}gC.cp.$", p1=".a", p2="..a"))
     critical = w.draft.critical_path
     assert critical < len(full)
-    for how in (lambda n: dict(limits=Limits(500, n)), lambda n: dict(range_end=n + 2)):
+    for limit, how in (
+        ("critical_path", lambda n: dict(limits=Limits(500, n))),
+        ("positions", lambda n: dict(range_end=n + 2)),
+        ("positions", lambda n: dict(limits=Limits(500, n + 1), range_end=n + 2)),
+    ):
         for most in range(1, critical):
             w = writer(**how(most))
             play(w, choose_by_index(text=f"{GOAL}gC.cp.$", p1=".a", p2="..a"))
-            assert w.draft.finish == "length" and w.draft.critical_path <= most
+            assert (w.draft.finish, w.draft.limit) == ("length", limit)
+            assert w.draft.critical_path <= most
         assert outcome(f"{GOAL}gC.cp.$", **how(critical))[:2] == (full, "stop")
 
 

@@ -101,7 +101,7 @@ def test_bad_texts_are_refused(text, message):
             r"embedding.weight: dimension 0 \(vocab\) of size 61 does not divide over tensor=2",
         ),
         ({"remat": "half"}, "remat='half'; expected preset or one of none, dots, full"),
-        ({"attention": "fast"}, "attention='fast': unknown attention implementation 'fast'"),
+        ({"attention": "fast"}, "-p2: unknown attention implementation 'fast'; expected"),
         ({"attention": "cudnn"}, "attention='cudnn': .*cuDNN needs"),
         ({"corpus": "/nowhere"}, "corpus='/nowhere' does not exist; expected a folder"),
         ({"corpus": "pyton"}, "unknown corpus 'pyton'; did you mean python"),
