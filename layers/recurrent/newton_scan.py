@@ -26,6 +26,8 @@ Step = Callable[[Any, Any], Any]
 
 JACOBIANS = ("diagonal", "block", "dense")
 METHODS = ("scan", "newton")
+# How far from the given state `check_jacobian` looks, the first that can be.
+_OFF = (1.0, 0.1, 0.01)
 
 
 def newton_scan(
@@ -173,10 +175,15 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
 
     Compares the derivative along one random direction with what the declared Jacobian says of
     it: at the state, and at one that is off it by random numbers of size 1, since a state of
-    zeros hides products. Not inside jit or grad.
+    zeros hides products; of size 0.1 or 0.01 where the step is not finite farther away. Not inside
+    jit or grad.
 
     Args:
       input: what `step` takes at one time.
+
+    Raises:
+      ValueError: also where step or derivative is not finite at the state, or at none of those
+        near it.
     """
     if jacobian not in JACOBIANS:
         raise ValueError(f"check_jacobian: jacobian {jacobian!r} is not one of {JACOBIANS}")
@@ -192,23 +199,40 @@ def check_jacobian(step: Step, input: Any, state: Any, jacobian: str = "diagonal
         return tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, at, strict=True))
 
     along, off = drawn(0), drawn(1)
-    for where in (at, tuple(x + y for x, y in zip(at, off, strict=True))):
-        _compare(one, where, along, jacobian)
+    if not _compare(one, at, along, jacobian):
+        raise ValueError(
+            "check_jacobian: at this state and input the step or its derivative is not finite"
+        )
+    for size in _OFF:
+        near = tuple(x + size * y for x, y in zip(at, off, strict=True))
+        if _compare(one, near, along, jacobian):
+            return
+    raise ValueError(
+        "check_jacobian: the step or its derivative is finite at this state, but not where the "
+        f"state is off by random numbers of size {_OFF}; expected one that is finite around it"
+    )
 
 
-def _compare(one: Callable[[Arrays], Arrays], at: Arrays, along: Arrays, jacobian: str) -> None:
-    """Raises ValueError unless the declared Jacobian at `at` gives the derivative along `along`."""
-    true = jax.jvp(one, (at,), (along,))[1]
+def _compare(one: Callable[[Arrays], Arrays], at: Arrays, along: Arrays, jacobian: str) -> bool:
+    """Whether step and derivative are finite at `at`.
+
+    Raises:
+      ValueError: they are, and the declared Jacobian gives another derivative along `along`.
+    """
+    after, true = jax.jvp(one, (at,), (along,))
     said = affine.apply(_linearized(one, at, jacobian)[1], along)
     if any(isinstance(x, jax.core.Tracer) for x in (*true, *said)):
         raise ValueError("check_jacobian needs numbers; call it outside jit and grad")
+    if not all(jnp.all(jnp.isfinite(x)) for x in (*after, *true, *said)):
+        return False
     gap = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(true, said, strict=True))
     size = max(float(jnp.max(jnp.abs(x))) for x in true)
-    if not gap <= 1e3 * float(jnp.finfo(at[0].dtype).eps) * max(size, 1):
+    if gap > 1e3 * float(jnp.finfo(at[0].dtype).eps) * max(size, 1):
         raise ValueError(
             f"the Jacobian of the step is not {jacobian!r}: along a random direction it gives "
             f"something else by {gap:.2g}; a wider one of {JACOBIANS} is needed"
         )
+    return True
 
 
 def _as_vector(state: Any, jacobian: str) -> tuple[Arrays, Callable[[Arrays], Any]]:

@@ -174,10 +174,9 @@ def _bytes(arrays: Collection[jax.Array | jax.ShapeDtypeStruct]) -> int:
 
 def _memory(devices: Collection[jax.Device]) -> int:
     """Bytes that JAX may use on devices; where they do not say, as CPUs, those of the host."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    if None in limits:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return sum(limits)
+    stats = [device.memory_stats() or {} for device in devices]
+    limits = [said["bytes_limit"] for said in stats if "bytes_limit" in said]
+    return sum(limits) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _steps(model, writer, capacity, depth, sampling):

@@ -9,6 +9,7 @@ Names do not depend on classes of flax or optax, and shardings are no part of a 
 loads onto any mesh.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from hackle.zoo.train.recipe import FREE_ON_RESUME
 from hackle.zoo.train.step import TrainState
 
 FORMAT_VERSION = 1
+METADATA_FILE = "_CHECKPOINT_METADATA"
 _MODEL_FREE = frozenset(registry.EXECUTION)
 
 
@@ -43,7 +45,7 @@ class RunFolder:
             int(entry.name)
             for entry in self.checkpoints.iterdir()
             # Incomplete ones have another name until they are complete.
-            if entry.name.isdecimal() and (entry / "_CHECKPOINT_METADATA").is_file()
+            if entry.name.isdecimal() and (entry / METADATA_FILE).is_file()
         )
 
     def latest(self) -> int | None:
@@ -55,19 +57,20 @@ class RunFolder:
         """What was saved beside the arrays: "identity" and "data".
 
         Raises:
-          UserError: unreadable, or of another format.
+          UserError: damaged, or of another format.
         """
         path = self.checkpoints / str(step)
-        try:
-            found = ocp.checkpointables_metadata(path.absolute()).custom_metadata or {}
-        except Exception as error:
+        try:  # orbax would take what it cannot parse for no metadata
+            text = (path / METADATA_FILE).read_text(encoding="utf-8")
+            found = json.loads(text)["custom_metadata"]
+            version = found["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise _unreadable(path, error) from error
-        version = found.get("format_version") if isinstance(found, Mapping) else None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"checkpoint {path} has format version {version!r}; expected {FORMAT_VERSION}"
             )
-        return dict(found)
+        return found
 
     def identity(self, step: int) -> dict[str, Any]:
         """`Plan.identity` of the run that saved the checkpoint."""
@@ -291,8 +294,13 @@ def _load(path: Path, **abstract: Any) -> dict[str, Any]:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    """Says what was found first: orbax speaks of handlers where a file is damaged."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip().splitlines()
     return UserError(
-        f"checkpoint {path} cannot be read: {type(error).__name__}: {text[0][:200] if text else ''}"
+        f"checkpoint {path} cannot be read and may be damaged: {type(error).__name__}: "
+        f"{text[0][:300] if text else ''}; delete this folder to go on from the checkpoint before "
+        "it, or from the start"
     )

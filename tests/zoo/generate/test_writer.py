@@ -147,8 +147,8 @@ def choose_by_index(**texts):
 
 
 def outcome(text, *, p1=".a", p2="..a", prompt="..", **how):
-    """What was written, why or at which limit it ended, and what was wrong. `text` has the tokens that the decoder
-    writes, too: it is read at the place of the draft."""
+    """What was written, why or at which limit it ended, and what was wrong. `text` has the tokens
+    that the decoder writes, too: it is read at the place of the draft."""
     w = writer(prompt, **how)
     play(w, choose_by_index(text=text, p1=p1, p2=p2))
     assert (w.draft.finish == "length") == (w.draft.limit is not None)

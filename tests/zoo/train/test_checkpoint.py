@@ -11,6 +11,7 @@ from flax import nnx
 from hackle.pjit_configs import preset
 from hackle.zoo.errors import UserError
 from hackle.zoo.train.checkpoint import (
+    METADATA_FILE,
     Checkpoints,
     RunFolder,
     check_identity,
@@ -120,9 +121,33 @@ def test_a_damaged_checkpoint_is_a_user_error(saved, tmp_path):
         if path.is_file() and path.stat().st_size > 2000:
             path.write_bytes(path.read_bytes()[:1000])
     reader = Checkpoints(copy, {}, keep=2)
-    with pytest.raises(UserError, match=r"checkpoint .*/3 cannot be read"):
+    with pytest.raises(UserError, match=f"{DAMAGED}: .*Unterminated .*; delete") as caught:
         reader.restore(3, plan.program.abstract, plan.program.shardings)
     reader.close()
+    assert caught.value.__cause__ is not None
+
+
+DAMAGED = "checkpoint .*/3 cannot be read and may be damaged"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:100], f"{DAMAGED}: JSONDecodeError: Unterminated .*; delete this fold"),
+        (lambda text: "[]", f"{DAMAGED}: TypeError"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 7'),
+         "checkpoint .*/3 has format version 7; expected 1"),
+    ],
+)  # fmt: skip
+def test_damaged_metadata_are_no_other_version(saved, tmp_path, change, message):
+    shutil.copytree(saved[1].path, tmp_path / "copy")
+    copy = RunFolder(tmp_path / "copy")
+    path = copy.checkpoints / "3" / METADATA_FILE
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=message):
+        copy.metadata(3)
+    shutil.rmtree(path.parent)
+    assert copy.latest() == 2 and copy.metadata(2)["data"] == {"next": 2}
 
 
 def identity(**changes):
