@@ -291,16 +291,23 @@ def _load(path: Path, **abstract: Any) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(path.absolute(), abstract)
     except Exception as error:
+        if isinstance(_first(error), MemoryError | jax.errors.JaxRuntimeError):
+            raise  # of the device, whatever the folder holds
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
-    """Says what was found first: orbax speaks of handlers where a file is damaged."""
+def _first(error: BaseException) -> BaseException:
+    """What was found first: orbax speaks of handlers where a file is damaged."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().splitlines()
+    return error
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    first = _first(error)
+    text = str(first).strip().splitlines()
     return UserError(
-        f"checkpoint {path} cannot be read and may be damaged: {type(error).__name__}: "
+        f"checkpoint {path} cannot be read and may be damaged: {type(first).__name__}: "
         f"{text[0][:300] if text else ''}; delete this folder to go on from the checkpoint before "
         "it, or from the start"
     )

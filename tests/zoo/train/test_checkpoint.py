@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from hackle.pjit_configs import preset
 from hackle.zoo.errors import UserError
@@ -148,6 +149,19 @@ def test_damaged_metadata_are_no_other_version(saved, tmp_path, change, message)
         copy.metadata(3)
     shutil.rmtree(path.parent)
     assert copy.latest() == 2 and copy.metadata(2)["data"] == {"next": 2}
+
+
+def test_a_full_device_is_no_damaged_checkpoint(saved, monkeypatch):
+    plan, folder, _ = saved
+
+    def full(*_, **__):
+        raise RuntimeError("no handler") from jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(ocp, "load_checkpointables", full)
+    reader = Checkpoints(folder, {}, keep=2)
+    with pytest.raises(RuntimeError, match="no handler"):
+        reader.restore(3, plan.program.abstract, plan.program.shardings)
+    reader.close()
 
 
 def identity(**changes):
