@@ -209,10 +209,11 @@ def _shape(u: jax.Array, reset: bool, segments: int | None, arrays: int = 3) -> 
 def _tiles(
     channels: int, width: int, segments: int, dtype: Any, arrays: int
 ) -> tuple[int, int, int, int | None]:
-    """Steps of a tile, tiles, channels of a program, and programs that share a multiprocessor.
+    """Steps of a tile, stages, channels of a program, and how many programs may share a
+    multiprocessor, None for as many as fit.
 
-    Memory is fastest with about 48 KiB on their way to a multiprocessor, and up to 15 % slower with
-    less or with more (H200, reports/LOG.md).
+    Where B x D fills the chip, memory is fastest with about 48 KiB on their way to a
+    multiprocessor, and up to 15 % slower with less or with more (H200, reports/LOG.md).
     """
     # Two channels a lane where there are programs enough.
     wide = width % (2 * LANES) == 0 and channels * segments >= _FULL
@@ -220,6 +221,8 @@ def _tiles(
     rows = 16 // dtype.itemsize
     if segments > 1 or channels <= _FULL // 2 or (channels < _FULL and arrays > 3):
         size = ROWS * tile * arrays * dtype.itemsize
+        if 2 * size > _SHARED - 20 * 1024:  # with borders and barriers too much for one program
+            tile, size = LANES, size // 2
         return ROWS, max(2, min(6, 104 * 1024 // size)), tile, None
     if arrays > 3:
         return rows, 3, tile, None
@@ -228,7 +231,7 @@ def _tiles(
     if wide and channels <= _MULTIPROCESSORS * 2 * LANES:
         return rows, 4, tile, None
     # More programs than multiprocessors, but no more than three times as many: small ones, so that
-    # all run at once and none is left to the end.
+    # all run at once and none is left to the end. Others where D has no pairs of 128 channels.
     if not wide or channels <= 3 * _MULTIPROCESSORS * LANES:
         return rows, 3, LANES, 3
     return rows // 2, 4, tile, 2

@@ -5,6 +5,7 @@ A step is a chain of special functions, as long for one register as for several,
 advances several side by side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hackle.layers.recurrent.cells import Arrays, Cell, apply, transposed
+from hackle.layers.recurrent.cells import (
+    Arrays,
+    Block,
+    Cell,
+    apply,
+    compose,
+    identity,
+    transposed,
+)
 from hackle.layers.recurrent.fused_tpu_tiles import (
     LANES,
     SUBLANES,
@@ -41,8 +50,9 @@ def forward(
     *,
     segments: int = 1,
     time: int | None = None,
+    products: bool = False,
     interpret: Any = None,
-) -> tuple[Arrays, Arrays]:
+) -> tuple[Arrays, Arrays, Block]:
     """The recurrence, or that of each segment of time from a state of its own.
 
     Args:
@@ -50,11 +60,13 @@ def forward(
       entries: float32 states before each segment, `[B,S,D]` each; `[B,D]` where there is one.
       segments: S, equal parts of T; if several, of a multiple of 32 bytes of a channel's steps.
       time: steps that count, at most T, which is the default.
+      products: whether to multiply the Jacobians of a segment's steps.
       interpret: passed to the kernel, for tests without a TPU. Steps are not unrolled then: a CPU
         takes too long to compile them.
 
     Returns:
-      States `[B,T,D]` in u's dtype, and those after each segment as `entries`.
+      States `[B,T,D]` in u's dtype, those after each segment as `entries`, and
+      d(after) / d(before) of each segment, a block of such arrays, or ().
     """
     batch, whole, _, width = u.shape
     length, time = whole // segments, whole if time is None else time
@@ -67,49 +79,57 @@ def forward(
     resets = () if reset is None else (tiles.reset_words(reset),)
     # Rows after the end must not move the final state.
     ragged = time % tiles.rows if segments == 1 else time < whole
+    count = n + n * n * products  # arrays that one step hands to the next
 
     def body(*arguments):
         refs = list(arguments)
         take = lambda k: [refs.pop(0) for _ in range(k)]
         u_ref, weights_ref = take(2)
         entry_refs, words_refs = take(n), take(len(resets))
-        states_refs, final_refs = take(n), take(n)
+        states_refs, carry_refs = take(n), take(count)
         gate_buffers, out_buffers = take(3), take(n)
 
         @pl.when(pl.program_id(3) == 0)
         def _():
-            for final, start in zip(final_refs, entry_refs, strict=True):
-                final[...] = start[...]
+            start = tuple(ref[...] for ref in entry_refs)
+            start = (*start, *jax.tree.leaves(identity(start))) if products else start
+            for ref, x in zip(carry_refs, start, strict=True):
+                ref[...] = x
 
         weights = tiles.weights(weights_ref)
         first, starts = pl.program_id(3) * tiles.time, tiles.starts(length)
 
-        def block(i, state):
+        def block(i, carry):
             rows = tiles.block(i)
             for k, buffer in enumerate(gate_buffers):
                 tiles.spread(tiles.gate(u_ref, k, rows), buffer)
             words = [tiles.words(ref, i) for ref in words_refs]
 
-            def step(j, state):
-                before = state
+            def step(j, carry):
+                before = carry
                 for word in words:
                     before = cut(word, j, before)
                 gates = tuple(row_of(buffer, j) for buffer in gate_buffers)
-                after = cell.step(before, gates, weights)
+                if products:
+                    state, jacobian = cell.linearize(before[:n], gates, weights)
+                    product = compose(jacobian, _as_block(before[n:], n))
+                    after = (*state, *jax.tree.leaves(product))
+                else:
+                    after = cell.step(before, gates, weights)
                 if ragged:
-                    after = where(starts + (first + i * tiles.rows + j) < time, after, state)
-                for buffer, x in zip(out_buffers, after, strict=True):
+                    after = where(starts + (first + i * tiles.rows + j) < time, after, carry)
+                for buffer, x in zip(out_buffers, after[:n], strict=True):
                     put_row(buffer, j, x)
                 return after
 
-            state = lax.fori_loop(0, tiles.rows, step, state, unroll=not interpret)
+            carry = lax.fori_loop(0, tiles.rows, step, carry, unroll=not interpret)
             for buffer, ref in zip(out_buffers, states_refs, strict=True):
                 tiles.gather(buffer, ref.at[:, rows])
-            return state
+            return carry
 
-        state = tuple(tiles.fold(ref[...]) for ref in final_refs)
-        state = lax.fori_loop(0, tiles.blocks(first, length), block, state)
-        for ref, x in zip(final_refs, state, strict=True):
+        carry = tuple(tiles.fold(ref[...]) for ref in carry_refs)
+        carry = lax.fori_loop(0, tiles.blocks(first, length), block, carry)
+        for ref, x in zip(carry_refs, carry, strict=True):
             ref[...] = tiles.unfold(x)
 
     order = lambda k: k
@@ -118,7 +138,7 @@ def forward(
         body,
         out_shape=[
             *[jax.ShapeDtypeStruct((*lines, length, width), u.dtype)] * n,
-            *[jax.ShapeDtypeStruct((*lines, width), jnp.float32)] * n,
+            *[jax.ShapeDtypeStruct((*lines, width), jnp.float32)] * count,
         ],
         grid=tiles.grid,
         in_specs=[
@@ -127,13 +147,18 @@ def forward(
             *[row] * n,
             *[tiles.words_spec(order) for _ in resets],
         ],
-        out_specs=[series] * n + [row] * n,
+        out_specs=[series] * n + [row] * count,
         scratch_shapes=[tiles.buffer()] * 3 + [tiles.out_buffer()] * n,
         compiler_params=_PARAMS,
         interpret=interpret or False,
         name=f"{cell.name}_forward",
     )(u, weights, *entries, *resets)
-    return tuple(x.reshape(batch, whole, width) for x in out[:n]), tuple(out[n:])
+    states = tuple(x.reshape(batch, whole, width) for x in out[:n])
+    return states, tuple(out[n : 2 * n]), _as_block(out[2 * n :], n) if products else ()
+
+
+def _as_block(arrays: Sequence[jax.Array], n: int) -> Block:
+    return tuple(tuple(arrays[i * n : (i + 1) * n]) for i in range(n))
 
 
 def backward(
@@ -299,4 +324,5 @@ def _sigmoid(x: jax.Array) -> jax.Array:
 
 
 def fast(cell: Cell) -> Cell:
+    """`cell` with the sigmoid that the chip does fast."""
     return type(cell)(sigmoid=_sigmoid)

@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     Attributes:
       states: of all times, in the caller's layout.
       ends, entries: states after and before each segment, arrays `[S, B, D]`.
-      products: d(end) / d(entry), a block of arrays `[S, B, D]`; empty where `shoot` makes them.
+      products: d(end) / d(entry), a block of arrays `[S, B, D]`.
       progress: iterations of this pass and those before it, and whether what ran the segments of
         this one converged.
     """
@@ -139,7 +139,6 @@ def shoot(
     *,
     tolerance: float = TOLERANCE,
     max_passes: int | None = None,
-    products: Callable[[Pass], Block] | None = None,
     over: tuple[str, ...] = (),
 ) -> Pass:
     """Passes over the segments until each enters where the one before it ended.
@@ -150,7 +149,6 @@ def shoot(
       initial: the entry of the first segment.
       tolerance: of the difference between an entry and the end before it.
       max_passes: None is the number of segments, after which every entry is exact, by causality.
-      products: makes those of a pass that has none, if there is another.
       over: mesh axes whose devices stop together.
 
     Returns:
@@ -171,9 +169,7 @@ def shoot(
 
     def body(carry):
         passed, passes, _ = carry
-        block = passed.products if products is None else products(passed)
-        entries = _corrected(passed._replace(products=block), initial)
-        (before, _), passed = passed.progress, march(entries)
+        (before, _), passed = passed.progress, march(_corrected(passed, initial))
         iterations, converged = passed.progress
         passed = passed._replace(progress=Progress(before + iterations, converged))
         return passed, passes + 1, gap(passed)
@@ -202,7 +198,10 @@ def _corrected(passed: Pass, initial: Arrays) -> Arrays:
     # The entry of a segment moves by what the segment before it makes of its own entry's move.
     arriving = jax.tree.map(lambda p: jnp.roll(p, 1, 0), passed.products)
     moves = affine.solve(arriving, residual, 0)
+    # Not `entry + move`: where the segment before did not move, the entry is its end to the bit.
+    still = tuple(jnp.zeros_like(x) for x in initial)
+    carried = affine.apply(arriving, affine.shifted(still, moves, 0))
     bounds = newton.state_bound(initial)
-    new = (jnp.clip(e + m, -b, b) for e, m, b in zip(passed.entries, moves, bounds, strict=True))
+    new = (jnp.clip(t + c, -b, b) for t, c, b in zip(targets, carried, bounds, strict=True))
     # Where a product overflowed, the end itself: entries still become exact one after the other.
     return tuple(jnp.where(jnp.isfinite(x), x, t) for x, t in zip(new, targets, strict=True))

@@ -92,7 +92,9 @@ def test_interpreted_kernels_that_fill_the_chip(cell, dtype, multiprocessors, ba
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_as_much_is_on_its_way_whatever_the_batch(dtype):
+def test_what_is_on_its_way(dtype):
+    """KiB a multiprocessor: twice as much where B x D does not fill the chip, as was measured."""
+
     def on_its_way(batch, arrays=3):
         u = jax.ShapeDtypeStruct((batch, 99, 3, 4096), dtype)
         shape = fused_gpu._shape(u, True, None, arrays)
@@ -195,6 +197,17 @@ def test_lowers_for_hopper(cell, dtype, monkeypatch):
 
 
 @recent
+def test_lowers_with_all_states_seen():
+    """As with `lengths`: a float32 LSTM in segments of 256 channels would not fit."""
+    cell, spec = OURS["lstm"], jax.ShapeDtypeStruct
+    size = (4, 2048, 256)
+    series, state = (spec(size, jnp.float32),) * 2, (spec((4, 256), jnp.float32),) * 2
+    u, weights = spec((*size[:2], 3, 256), jnp.float32), spec((5, 256), jnp.float32)
+    back = functools.partial(fused_gpu.adjoint, cell)
+    assert "mosaic_gpu" in lowered(back, u, weights, state, None, series, series, state)
+
+
+@recent
 def test_one_segment_where_in_place_is_unsafe(monkeypatch, caplog):
     """Segments are corrected in place."""
     u, weights, initial, _ = draw("gru", (2, 512, 128), 0.9)
@@ -229,6 +242,22 @@ def test_segments_cover_time_once(batch, width, time, segments):
     assert shape.length % fused_gpu.ROWS == 0 and width % shape.tile == 0
     if segments is None and batch * width >= 32 * 1024:
         assert shape.segments == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_tiles_fit_into_shared_memory(dtype):
+    most = 0
+    for batch in (1, 4, 8, 12, 32, 100):
+        for width in (128, 256, 1024, 1280, 4096):
+            for time in (1, 200, 2048, 9000):
+                u = jax.ShapeDtypeStruct((batch, time, 3, width), dtype)
+                for arrays in (3, 5, 6, 7):  # forward, GRU, LSTM with one or both states seen
+                    shape = fused_gpu._shape(u, True, None, arrays)
+                    numbers = (shape.rows * arrays + 2 * (arrays > 3)) * shape.tile
+                    stage = numbers * u.dtype.itemsize + 4 * kernels.KEEP
+                    most = max(most, shape.stages * stage + shape.reserved)
+                    assert shape.reserved >= 0 and shape.length % shape.rows == 0
+    assert 100 * 1024 < most < 226 * 1024  # 227 KiB, barriers included
 
 
 def test_fast_nonlinearities_are_right_to_float32():

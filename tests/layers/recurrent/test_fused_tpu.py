@@ -13,7 +13,14 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from hackle.layers.recurrent import cells, fused_tpu, fused_tpu_kernels, fused_tpu_tiles, shooting
+from hackle.layers.recurrent import (
+    cells,
+    fused_tpu,
+    fused_tpu_kernels,
+    fused_tpu_tiles,
+    scan,
+    shooting,
+)
 from tests import tpu_compile
 
 CELLS = {"gru": cells.GRU(), "lstm": cells.LSTM()}
@@ -164,46 +171,77 @@ SEGMENTED = {  # (B, T, D), segments, dtype, resets
 }
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """Of each `shoot`: how many passes it took, and whether they were enough."""
+    seen, shoot = [], shooting.shoot
+
+    def watched(*given, **how):
+        passed = shoot(*given, **how)
+        seen.append((int(passed.progress.iterations), bool(passed.progress.converged)))
+        return passed
+
+    monkeypatch.setattr(shooting, "shoot", watched)
+    return seen
+
+
 @pytest.mark.parametrize("shape, segments, dtype, resets", SEGMENTED.values(), ids=SEGMENTED)
 @pytest.mark.parametrize("name", CELLS)
-def test_segments(name, shape, segments, dtype, resets, monkeypatch):
-    """A burn-in too short for them: entries are corrected."""
+def test_segments(name, shape, segments, dtype, resets, passes, monkeypatch):
+    """A cell that hardly forgets, but at resets: Newton's method corrects entries in few passes."""
     monkeypatch.setattr(fused_tpu, "_BURN_IN", 8 if dtype == jnp.float32 else 16)
     cell = CELLS[name]
-    given = draw(cell, shape, dtype, resets)
+    u, weights, *rest = draw(cell, shape, dtype, resets)
+    given = (u.at[:, :, 0].add({"gru": -3, "lstm": 3}[name]), weights / 2, *rest)
     how = {"segments": segments, "interpret": pltpu.InterpretParams()}
-    states, final = jax.jit(functools.partial(fused_tpu.solve, cell, **how))(*given)
+    states, final, product = fused_tpu.march(cell, *given, **how)
     want, want_final = loop(cell, *given)
     assert all(x.dtype == dtype and x.shape == shape for x in states)
     compare(states, want, 5e-6 if dtype == jnp.float32 else 2**-8)
     compare(final, want_final, 5e-6)
+    compare(product, scan.march(cell, *given)[2], 1e-5)
+    ((taken, converged),) = passes
+    assert converged and (taken == 1 if resets else 1 < taken <= 5)
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_corrections_of_segments_are_needed(name, monkeypatch):
-    """A cell that hardly forgets: without them, entries are far off."""
+def test_one_pass_where_the_cell_forgets(name, passes):
+    """As many segments as None chooses."""
     cell = CELLS[name]
+    given = draw(cell, (1, 530, 128), jnp.float32, resets=False)
+    states, final = fused_tpu.solve(cell, *given, interpret=pltpu.InterpretParams())
+    compare((states, final), loop(cell, *given), 5e-6)
+    assert passes == [(1, True)]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_one_segment_where_passes_are_not_enough(name, passes, monkeypatch):
+    """A cell that magnifies what it enters with."""
     monkeypatch.setattr(fused_tpu, "_BURN_IN", 8)
-    u, *given = draw(cell, (1, 64, 128), jnp.float32, resets=False)
-    u = u.at[:, :, 0].add({"gru": -3, "lstm": 3}[name])
-    how = {"segments": 4, "interpret": pltpu.InterpretParams()}
-    want = loop(cell, u, *given)
-    compare(fused_tpu.solve(cell, u, *given, **how), want, 5e-6)
-    monkeypatch.setattr(shooting, "shoot", lambda passed, *_, **__: passed)
-    (*_, h), _ = fused_tpu.solve(cell, u, *given, **how)
-    assert np.max(np.abs(h - want[0][-1])) > 1e-3
+    cell = CELLS[name]
+    u, weights, *rest = draw(cell, (1, 190, 128), jnp.float32, resets=False)
+    given = (u, 5 * jnp.sign(weights), *rest)
+    how = {"segments": 12, "interpret": pltpu.InterpretParams()}
+    got = fused_tpu.march(cell, *given, **how)
+    compare(
+        got[:2], fused_tpu.solve(cell, *given, segments=1, interpret=pltpu.InterpretParams()), 0
+    )
+    assert [converged for _, converged in passes] == [False]
+    monkeypatch.setattr(fused_tpu, "_PASSES", 20)
+    compare(fused_tpu.solve(cell, *given, **how)[1], got[1], 1e-3)
+    assert passes[-1][1]
 
 
 @pytest.mark.parametrize(
     "shape, dtype, expected",
     [
         ((1, 8192, 1024), jnp.float32, (4, 2048)),
-        ((1, 1000, 1024), jnp.bfloat16, (4, 256)),
+        ((1, 1000, 1024), jnp.bfloat16, (3, 336)),
         ((1, 8192, 64), jnp.float32, (32, 256)),
         ((8, 8192, 128), jnp.float32, (32, 256)),
         ((2, 8192, 1024), jnp.float32, (4, 2048)),
         ((2, 300, 1024), jnp.float32, (1, 300)),
-        ((1, 255, 1024), jnp.float32, (1, 255)),
+        ((1, 511, 1024), jnp.float32, (1, 511)),
         ((8, 8192, 1024), jnp.float32, (1, 8192)),
         ((1, 8192, 4096), jnp.float32, (1, 8192)),
     ],

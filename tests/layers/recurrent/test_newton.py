@@ -162,6 +162,14 @@ def test_large_weights_are_reported_and_fall_back(cell):
     assert bool(info.converged) and error(output, plain) < 1e-5
 
 
+@every_cell
+def test_shooting_is_exact_after_as_many_passes_as_segments(cell):
+    """Weights that magnify the last bit of an entry by more than any number of steps forgets."""
+    u, weights, initial, _ = draw(cell, (1, 1024, 64), 5)
+    _, _, info = with_info(cell, "shooting", u, jnp.sign(weights) * 5, initial, None)
+    assert bool(info.converged) and float(info.residual) < 1e-5
+
+
 def test_fallback_has_the_gradients_of_its_own_states():
     """Weights at which Newton's method is stopped too early, and the recurrence is still tame."""
     given = draw("gru", (1, 64, 8), 2)
