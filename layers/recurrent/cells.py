@@ -10,7 +10,7 @@ channel, since no channel reads another's state.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import jax
@@ -166,6 +166,11 @@ def apply(block: Block, vector: Arrays) -> Arrays:
 def transposed(block: Block) -> Block:
     """Rows and columns exchanged."""
     return tuple(zip(*block, strict=True))
+
+
+def block_of(entries: Sequence[jax.Array], n: int) -> Block:
+    """The n x n block with these entries, row by row."""
+    return tuple(tuple(entries[i * n : (i + 1) * n]) for i in range(n))
 
 
 def identity(like: Arrays) -> Block:

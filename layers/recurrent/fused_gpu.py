@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from hackle.layers import in_place
 from hackle.layers.recurrent import affine
-from hackle.layers.recurrent.cells import Arrays, Block, Cell
+from hackle.layers.recurrent.cells import Arrays, Block, Cell, block_of
 from hackle.layers.recurrent.fused_gpu_kernels import KEEP, LANES, Shape, backward, forward
 
 _log = logging.getLogger("hackle")
@@ -114,7 +114,7 @@ def _solve(cell, u, weights, initial, reset, products: bool, segments, interpret
         states = tuple(place[...] for place in places)
     cut = lambda x: x if x.shape[-1] == width else x[..., :width]
     total = tuple(cut(x[0]) for x in total)
-    block = tuple(total[i * n : (i + 1) * n] for i in range(n)) if products else ()
+    block = block_of(total, n) if products else ()
     return tuple(map(cut, states)), tuple(cut(x[0]) for x in final), block
 
 
@@ -156,11 +156,10 @@ def adjoint(
         nothing = jnp.zeros((shape.segments, *final[0].shape), jnp.float32)
         kernel = backward(cell, shape, which, write=False, interpret=interpret)
         sent, products = _split(kernel(*arrays, *(nothing,) * n), n)
-        block = tuple(products[i * n : (i + 1) * n] for i in range(n))
         ahead = tuple(
             jnp.concatenate([x[1:], last[None]]) for x, last in zip(sent, final, strict=True)
         )
-        entries = affine.solve_transposed(block, ahead, 0)
+        entries = affine.solve_transposed(block_of(products, n), ahead, 0)
     kernel = backward(cell, shape, which, write=True, interpret=interpret)
     (du, dweights), sent = _split(kernel(*arrays, *entries), 2)
     return (

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hackle.layers.recurrent.cells import Arrays, Cell, apply, compose, transposed
+from hackle.layers.recurrent.cells import Arrays, Cell, apply, block_of, compose, transposed
 from hackle.layers.recurrent.fused_gpu_cells import fast
 from hackle.layers.recurrent.shooting import TOLERANCE
 
@@ -201,9 +201,6 @@ def forward(
         def old(refs, j):
             return tuple(lanes.once(ref.at[j, b, mine]) for ref in refs)
 
-        def block(flat):
-            return tuple(flat[i * n : (i + 1) * n] for i in range(n))
-
         def corrected(carry, j):
             """From the entry of segment j to that of the next, by Newton's method; see
             `shooting.py`. Notes how much an entry moves on the way."""
@@ -211,7 +208,7 @@ def forward(
             was, end, product = (
                 old(old_entry_refs, j),
                 old(old_end_refs, j),
-                block(old(old_product_refs, j)),
+                block_of(old(old_product_refs, j), n),
             )
             moved = _moved(lanes, entry, was, moved)
             move = tuple(e - w for e, w in zip(entry, was, strict=True))

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from hackle.layers.recurrent import affine, shooting
 from hackle.layers.recurrent.cells import Arrays, Block, Cell
 from hackle.layers.recurrent.fused_tpu_kernels import FORWARD, backward, forward
-from hackle.layers.recurrent.fused_tpu_tiles import LANES, SUBLANES, Tiles
+from hackle.layers.recurrent.fused_tpu_tiles import LANES, SUBLANES, Tiles, tile_rows
 from hackle.layers.recurrent.newton import Progress
 
 adjoint = backward
@@ -123,7 +123,7 @@ def _segments(u: jax.Array, most: int | None) -> tuple[int, int]:
         programs = whole.grid[1] * whole.grid[2]
         if most * programs < 2 * batch:  # twice as fast, but for the burn-in
             most = 1
-    rows = SUBLANES * 4 // jnp.dtype(u.dtype).itemsize
+    rows = tile_rows(u.dtype)
     length = pl.cdiv(pl.cdiv(time, most), rows) * rows
     segments = pl.cdiv(time, length)
     return segments, length if segments > 1 else time

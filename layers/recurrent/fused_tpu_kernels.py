@@ -5,7 +5,6 @@ A step is a chain of special functions, as long for one register as for several,
 advances several side by side.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from hackle.layers.recurrent.cells import (
     Block,
     Cell,
     apply,
+    block_of,
     compose,
     identity,
     transposed,
@@ -58,7 +58,7 @@ def forward(
     Args:
       u, weights, reset: as in `scan.solve`.
       entries: float32 states before each segment, `[B,S,D]` each; `[B,D]` where there is one.
-      segments: S, equal parts of T; if several, of a multiple of 32 bytes of a channel's steps.
+      segments: S, equal parts of T; if several, each of a multiple of `tile_rows(u.dtype)`.
       time: steps that count, at most T, which is the default.
       products: whether to multiply the Jacobians of a segment's steps.
       interpret: passed to the kernel, for tests without a TPU. Steps are not unrolled then: a CPU
@@ -112,7 +112,7 @@ def forward(
                 gates = tuple(row_of(buffer, j) for buffer in gate_buffers)
                 if products:
                     state, jacobian = cell.linearize(before[:n], gates, weights)
-                    product = compose(jacobian, _as_block(before[n:], n))
+                    product = compose(jacobian, block_of(before[n:], n))
                     after = (*state, *jax.tree.leaves(product))
                 else:
                     after = cell.step(before, gates, weights)
@@ -154,11 +154,7 @@ def forward(
         name=f"{cell.name}_forward",
     )(u, weights, *entries, *resets)
     states = tuple(x.reshape(batch, whole, width) for x in out[:n])
-    return states, tuple(out[n : 2 * n]), _as_block(out[2 * n :], n) if products else ()
-
-
-def _as_block(arrays: Sequence[jax.Array], n: int) -> Block:
-    return tuple(tuple(arrays[i * n : (i + 1) * n]) for i in range(n))
+    return states, tuple(out[n : 2 * n]), block_of(out[2 * n :], n) if products else ()
 
 
 def backward(

@@ -24,6 +24,11 @@ SUBLANES = 8
 _VMEM = 8 * 2**20  # bytes of a program's tiles, two of each; the smallest default limit is 16 MiB
 
 
+def tile_rows(dtype: Any) -> int:
+    """Steps that a tile of memory holds."""
+    return SUBLANES * 4 // jnp.dtype(dtype).itemsize
+
+
 class Tiles(NamedTuple):
     """How the arrays are cut: a tile is `lines`, `time` steps, `columns` times 128 channels.
 
@@ -50,7 +55,7 @@ class Tiles(NamedTuple):
         if count > SUBLANES:  # whole registers of lines, several where channels are too few
             lines = SUBLANES * min(pl.cdiv(count, SUBLANES), max(1, most // columns))
         columns = min(most * SUBLANES // lines, columns)
-        rows = SUBLANES * 4 // itemsize  # as many as a tile of memory holds
+        rows = tile_rows(dtype)
         fit = _VMEM // (2 * arrays * lines * columns * LANES * itemsize * rows)
         time = rows * max(1, min(fit, pl.cdiv(length, rows)))
         counts = (pl.cdiv(count, lines), pl.cdiv(width, columns * LANES), pl.cdiv(length, time))

@@ -38,6 +38,25 @@ recent = pytest.mark.skipif(
 )
 
 
+def check_interpreted(cell, given, segments=None):
+    """`march` and `adjoint` of `(cell, u, weights, initial, reset)` against float64."""
+    how = {"segments": segments, "interpret": plgpu.InterpretGPUParams()}
+    _, u, *_ = given
+    states, final, product = fused_gpu.march(*given, **how)
+    want, last = solve(cell, *given[1:])
+    # A bfloat16 has 8 bits; what is carried on is float32.
+    rounding = 1 if u.dtype == jnp.float32 else 2**-8 / 5e-6
+    assert error(states, want) < 5e-6 * rounding and error(final, last) < 5e-6
+    assert error(product, scan.march(*given)[2]) < 5e-6
+    of_output, of_final = cotangents(cell, (*u.shape[:2], u.shape[3]))
+    of_output = of_output.astype(u.dtype)
+    given_out = (None,) * (len(states) - 1) + (of_output,)
+    kept = tuple(jnp.asarray(x, u.dtype) for x in want)
+    got = fused_gpu.adjoint(*given, kept, given_out, of_final, **how)
+    exact = exact_gradients(cell, *given[1:], of_output, of_final)
+    assert relative_error(got, exact) < (1e-5 if u.dtype == jnp.float32 else 2e-2)
+
+
 @recent
 @pytest.mark.parametrize(
     "cell, shape, segments, dtype",
@@ -51,20 +70,7 @@ def test_interpreted_kernels(cell, shape, segments, dtype):
     u, weights, initial, reset = draw(cell, shape, 0.9, resets=True, dtype=dtype)
     reset = reset.at[:, :3].set(False)
     given = (OURS[cell], u, weights, initial, reset)
-    how = {"segments": segments, "interpret": plgpu.InterpretGPUParams()}
-    states, final, product = fused_gpu.march(*given, **how)
-    want, last = solve(cell, *given[1:])
-    # A bfloat16 has 8 bits; what is carried on is float32.
-    rounding = 1 if dtype == jnp.float32 else 2**-8 / 5e-6
-    assert error(states, want) < 5e-6 * rounding and error(final, last) < 5e-6
-    assert error(product, scan.march(*given)[2]) < 5e-6
-    of_output, of_final = cotangents(cell, shape)
-    of_output = of_output.astype(dtype)
-    given_out = (None,) * (len(states) - 1) + (of_output,)
-    kept = tuple(jnp.asarray(x, dtype) for x in want)
-    got = fused_gpu.adjoint(*given, kept, given_out, of_final, **how)
-    exact = exact_gradients(cell, *given[1:], of_output, of_final)
-    assert relative_error(got, exact) < (1e-5 if dtype == jnp.float32 else 2e-2)
+    check_interpreted(cell, given, segments)
 
 
 @recent
@@ -74,21 +80,8 @@ def test_interpreted_kernels_that_fill_the_chip(cell, dtype, multiprocessors, ba
     """Two programs, one, three small ones, or two at a time on a multiprocessor."""
     monkeypatch.setattr(fused_gpu, "_FULL", 400)
     monkeypatch.setattr(fused_gpu, "_MULTIPROCESSORS", multiprocessors)
-    size = (batch, 21, 256)
-    given = (OURS[cell], *draw(cell, size, 0.9, resets=True, dtype=dtype))
-    how = {"interpret": plgpu.InterpretGPUParams()}
-    states, final, product = fused_gpu.march(*given, **how)
-    want, last = solve(cell, *given[1:])
-    # A bfloat16 has 8 bits; what is carried on is float32.
-    assert error(states, want) < (5e-6 if dtype == jnp.float32 else 2**-8)
-    assert error(final, last) < 5e-6 and error(product, scan.march(*given)[2]) < 5e-6
-    of_output, of_final = cotangents(cell, size)
-    of_output = of_output.astype(dtype)
-    given_out = (None,) * (len(states) - 1) + (of_output,)
-    kept = tuple(jnp.asarray(x, dtype) for x in want)
-    got = fused_gpu.adjoint(*given, kept, given_out, of_final, **how)
-    exact = exact_gradients(cell, *given[1:], of_output, of_final)
-    assert relative_error(got, exact) < (1e-5 if dtype == jnp.float32 else 2e-2)
+    given = (OURS[cell], *draw(cell, (batch, 21, 256), 0.9, resets=True, dtype=dtype))
+    check_interpreted(cell, given)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
