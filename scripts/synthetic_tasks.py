@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import report
-from cli import run
+from cli import report_name, run
 
 if TYPE_CHECKING:
     from hackle.zoo.tasks.setups import Setup
@@ -202,8 +202,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, help="models of a kind")
     add("--seed", type=int, help="of the rows and the first model")
     p.add_argument("--method", help="of the recurrences: scan, newton, shooting, fused")
-    p.add_argument("--report", action="store_true",
-                   help="write reports/synthetic_<hardware>_<date>")  # fmt: skip
+    p.add_argument("--report", nargs="?", const="", type=report_name, metavar="NAME",
+                   help="write reports/synthetic[-NAME]_<hardware>_<date>")  # fmt: skip
     p.add_argument("--note", default="", help="a paragraph for the report")
     return p
 
@@ -244,8 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     if done:
         table = [row(found) for found in done]
         print(f"\n{report.table(table)}\nplot: {plot(done, args.out / 'accuracy.png')}")
-        if args.report:
-            write_report(done, table, args.note)
+        if args.report is not None:
+            write_report(args.report, done, table, args.note)
     return code
 
 
@@ -291,7 +291,7 @@ def few(found: dict, count: int = 50) -> list[dict]:
     return checks[: -1 : -(-len(checks) // count)] + checks[-1:]
 
 
-def write_report(results: list[dict], table: list[dict], note: str) -> None:
+def write_report(label: str, results: list[dict], table: list[dict], note: str) -> None:
     import jax
 
     def each(name: str) -> str:
@@ -309,7 +309,7 @@ def write_report(results: list[dict], table: list[dict], note: str) -> None:
         "rounded down."
     )
     path = report.write(
-        "synthetic",
+        f"synthetic-{label}" if label else "synthetic",
         jax.devices()[0].device_kind,
         title="Synthetic tasks: what a recurrent layer and a transformer layer learn",
         sections=[text, report.table(table), *([note] if note else [])],

@@ -201,7 +201,8 @@ def _shape(u: jax.Array, reset: bool, segments: int | None, arrays: int = 3) -> 
     segments = -(-time // length)
     rows, stages, tile, programs = _tiles(batch * width, width, segments, u.dtype, arrays)
     size = stages * rows * tile * arrays * u.dtype.itemsize
-    reserved = 0 if programs is None else max(0, _SHARED // programs - 3 * 1024 - size)
+    # With what is kept unused, one program more does not fit.
+    reserved = 0 if programs is None else max(0, _SHARED // (programs + 1) - size)
     return Shape(batch, time, width, segments, length, rows, stages, tile, reserved, u.dtype, reset)
 
 
@@ -223,14 +224,16 @@ def _tiles(
         if 2 * size > _SHARED - 20 * 1024:  # with borders and barriers too much for one program
             tile, size = LANES, size // 2
         return ROWS, max(2, min(6, 104 * 1024 // size)), tile, None
-    if arrays > 3:
-        return rows, 3, tile, None
     if channels < _FULL:
         return 2 * rows, 4, tile, 2
+    # More programs than multiprocessors, but no more than three times as many: small ones, so that
+    # none of twice the size is left to the end.
+    some = _MULTIPROCESSORS * 2 * LANES < channels <= 3 * _MULTIPROCESSORS * LANES
+    if arrays > 3:
+        return (2 * rows, 3, LANES, 1) if some else (rows, 3, tile, None)
     if wide and channels <= _MULTIPROCESSORS * 2 * LANES:
         return rows, 4, tile, None
-    # More programs than multiprocessors, but no more than three times as many: small ones, so that
-    # all run at once and none is left to the end. Others where D has no pairs of 128 channels.
-    if not wide or channels <= 3 * _MULTIPROCESSORS * LANES:
+    # Others where D has no pairs of 128 channels.
+    if some or not wide:
         return rows, 3, LANES, 3
     return rows // 2, 4, tile, 2

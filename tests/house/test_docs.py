@@ -125,7 +125,7 @@ def newest_report(subject: str, number: int = 0) -> str:
         ("README.md", "training speed", lambda: newest_report("train")),
         ("README.md", "streams", lambda: newest_report("streams")),
         ("README.md", "attention", lambda: newest_report("attention", 1)),
-        ("README.md", "recurrence", lambda: newest_report("recurrent-full", 1)),
+        ("README.md", "recurrence", lambda: newest_report("recurrent-rival", 3)),
         ("README.md", "branching", lambda: newest_report("mapreduce")),
     ],
 )

@@ -97,7 +97,7 @@ def test_what_is_on_its_way(dtype):
         return size * min(at_once, -(-programs // 132)) // 1024
 
     assert [on_its_way(batch) for batch in (5, 8, 9, 12, 13, 32)] == [96, 48, 54, 54, 48, 48]
-    assert on_its_way(8, 5) == 60
+    assert [on_its_way(batch, 5) for batch in (8, 9, 12, 13)] == [60, 60, 60, 120]
 
 
 @pytest.mark.parametrize("cell", OURS)
