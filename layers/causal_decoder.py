@@ -182,7 +182,7 @@ class CausalDecoder(LanguageModel):
 
         Args:
           positions: int `[B, n]`, -1 for padding (never seen by others, its features mean
-            nothing). None takes the branches', or goes on from the number of tokens in the cache.
+            nothing). None takes the branches', or goes on from the last position of each row.
           branches: of the new tokens, in the strict layout of `layers.multiverse`; needs a cache
             with their depth. None: they are in no path.
 
@@ -195,7 +195,7 @@ class CausalDecoder(LanguageModel):
             check_branches(tokens, branches)
             positions = branches.position if positions is None else positions
         if positions is None:
-            positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = cache.next_position[:, None] + jnp.arange(tokens.shape[1])
         cache = cache.admit(positions, branches)
         mask = cache.mask(positions, branches)
 

@@ -1,7 +1,7 @@
 """What language models share, whatever their blocks are: table, depth, last norm, head."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,13 @@ class LanguageModel(nnx.Module):
             else Linear((width,), (vocab_size,), ("embed", "vocab"), rngs=rngs)
         )
         self.remat = remat
+
+    @classmethod
+    def with_state(cls, config: Any, state: nnx.State) -> Self:
+        """The model of `config` with these arrays, which are shared and not copied."""
+        make: Any = cls  # a subclass takes its config
+        graph = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))[0]
+        return nnx.merge(graph, state)
 
     def __call__(
         self,

@@ -28,11 +28,10 @@ AXES: dict[str, str] = {
     "prefix": "positions of a learned key-value prefix",
 }
 
-MESH_AXES: tuple[str, ...] = ("data", "fsdp", "stream", "seq", "tensor")
-MESH_AXIS_MEANINGS: dict[str, str] = {
-    "data": "rows of the batch; parameters are copied",
-    "fsdp": "rows of the batch; parameters are split and gathered where they are used",
-    "stream": "streams (ParScale) or branches; only their join communicates",
-    "seq": "segments of the sequence",
-    "tensor": "heads, hidden widths and vocabulary",
-}
+MESH_AXES: tuple[str, ...] = (
+    "data",  # rows of the batch; parameters are copied
+    "fsdp",  # rows of the batch; parameters are split and gathered where they are used
+    "stream",  # streams (ParScale) or branches; only their join communicates
+    "seq",  # segments of the sequence
+    "tensor",  # heads, hidden widths and vocabulary
+)

@@ -18,13 +18,11 @@ class Chip:
       bf16_tflops: dense peak for bfloat16 with float32 sums (never the sparse figure), TFLOP/s;
         None where the chip has no such unit or no fixed peak.
       hbm_gib: memory of one device in GiB; None for a CPU.
-      hbm_tb_s: memory bandwidth in 10^12 bytes/s; None for a CPU.
     """
 
     device_kinds: tuple[str, ...]
     bf16_tflops: float | None
     hbm_gib: float | None
-    hbm_tb_s: float | None
 
     @property
     def peak_flops(self) -> float | None:
@@ -37,20 +35,20 @@ class Chip:
 
 
 CHIPS: dict[str, Chip] = {
-    "cpu": Chip(("cpu",), None, None, None),
+    "cpu": Chip(("cpu",), None, None),
     # NVIDIA: memory as the driver reports it.
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989.4, 79.6, 3.35),
-    "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756.0, 79.6, 2.04),
-    "h200": Chip(("NVIDIA H200",), 989.4, 140.4, 4.8),
-    "a100-80": Chip(("NVIDIA A100-SXM4-80GB",), 312.0, 80.0, 2.04),
-    "a100-40": Chip(("NVIDIA A100-SXM4-40GB",), 312.0, 40.0, 1.56),
-    "l4": Chip(("NVIDIA L4",), 121.0, 22.5, 0.3),
-    "t4": Chip(("Tesla T4",), None, 15.0, 0.32),  # tensor cores for float16 only
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989.4, 79.6),
+    "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756.0, 79.6),
+    "h200": Chip(("NVIDIA H200",), 989.4, 140.4),
+    "a100-80": Chip(("NVIDIA A100-SXM4-80GB",), 312.0, 80.0),
+    "a100-40": Chip(("NVIDIA A100-SXM4-40GB",), 312.0, 40.0),
+    "l4": Chip(("NVIDIA L4",), 121.0, 22.5),
+    "t4": Chip(("Tesla T4",), None, 15.0),  # tensor cores for float16 only
     # TPU: one device is one chip.
-    "v4": Chip(("TPU v4",), 275.0, 32.0, 1.2),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197.0, 16.0, 0.82),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459.0, 95.0, 2.77),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918.0, 32.0, 1.64),
+    "v4": Chip(("TPU v4",), 275.0, 32.0),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197.0, 16.0),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459.0, 95.0),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918.0, 32.0),
 }
 
 

@@ -7,13 +7,12 @@ all gradients of keys and values can be compared too, at any length.
 
 import dataclasses
 import functools
-import gc
 from typing import Any
 
 import numpy as np
 
 from clock import seconds
-from recurrent_rows import compile_each
+from rows import Skipped, WrongResult, compile_each
 
 KINDS = ("causal", "branch", "quarter", "packed")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -112,35 +111,26 @@ def _before(ids: np.ndarray) -> np.ndarray:
     return found
 
 
-def measured(case: Case, programs: "Programs", rival) -> dict[str, Any]:
-    """The numbers of one row; `failed` and `skipped` say why there are none.
+def fill(case: Case, programs: "Programs", rival, row: dict[str, Any]) -> None:
+    """Fills `row`, as far as it comes.
 
     Args:
       programs: what was compiled ahead.
       rival: an `attention_rival.Rival` for implementations of torch, or None.
+
+    Raises:
+      Skipped: the implementation cannot do this, or not here.
     """
-    row: dict[str, Any] = {"failed": "", "skipped": ""}
     try:
         if case.implementation.startswith("torch"):
             rival.row(case, Tokens.of(case.kind, case.length), row)
         else:
             our_row(case, row, programs)
-        for what in PRODUCTS:
-            if f"{what} ms" in row:
-                row[f"{what} TFLOP/s"] = case.flops(what) / row[f"{what} ms"] / 1e9
     except NotImplementedError as error:
-        row["skipped"] = " ".join(str(error).split())
-    # A row that breaks, in whatever way, is reported and must not take the others with it.
-    except Exception as error:
-        row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    gc.collect()
-    if rival is not None:
-        rival.free()
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-
-
-class WrongResult(Exception):
-    """A result that is not the float32 one."""
+        raise Skipped(str(error)) from error
+    for what in PRODUCTS:
+        if f"{what} ms" in row:
+            row[f"{what} TFLOP/s"] = case.flops(what) / row[f"{what} ms"] / 1e9
 
 
 def check(names: str, got, want, case: Case) -> float:

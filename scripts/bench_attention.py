@@ -16,10 +16,11 @@ from typing import Any
 
 import attention_rival
 import report
-from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, measured
+from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, fill
 from cli import report_name, run, sizes
 from clock import ROUNDS
 from hackle.zoo.errors import UserError
+from rows import measured
 
 EXAMPLES = """examples:
   python scripts/bench_attention.py --quick
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--heads", type=sizes("HxKxE"), metavar="HxKxE", help="query heads, key heads, width")
-    add("--dtype", choices=DTYPES, help="default: bfloat16")
+    add("--dtype", choices=DTYPES, help="default: bfloat16, with --quick float32")
     add("--quick", action="store_true", help="one small size where none is given")
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")
     add(
@@ -105,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             if time.monotonic() - start > args.seconds:
                 left_out += 1
                 continue
-            row = dataclasses.asdict(case) | measured(case, programs, rival)
+            row = dataclasses.asdict(case) | measured(
+                functools.partial(fill, case, programs, rival), rival
+            )
             rows.append(row)
             print(json.dumps(row), flush=True)
     if left_out:
@@ -166,7 +169,7 @@ def pages(args, rows: list[dict[str, Any]], left_out: int) -> list[str]:
                 error: "error",
                 f"{what} MiB": "MiB",
             }
-            text += [name, table(found, head | columns)]
+            text += [name, report.columns(found, head | columns)]
     notes = [
         f"- {' '.join(str(row[k]) for k in head)}: {word}, {row[key]}"
         for row in rows
@@ -196,16 +199,6 @@ def with_ratios(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         ratios = {"over baseline": baseline and mine / baseline, "over flex": flex and mine / flex}
         found.append(row | ratios | {"area": area})
     return found
-
-
-def table(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """A table of the columns of `names` that any row has, under their new names."""
-    kept = [k for k in names if any(row.get(k) is not None for row in rows)]
-
-    def cell(name: str, value: Any) -> Any:
-        return f"{value:.0e}" if name.endswith("error") and value is not None else value
-
-    return report.table({names[k]: cell(k, row.get(k)) for k in kept} for row in rows)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from recurrent_rows import (
     compile_ahead,
     copy_rate,
     layer_row,
-    measured,
     recurrence_row,
 )
+from rows import measured
 
 EXAMPLES = """examples:
   python scripts/bench_recurrent.py --quick
@@ -58,9 +58,11 @@ def parser() -> argparse.ArgumentParser:
     add = functools.partial(p.add_argument, nargs="*")
     add("--shapes", type=sizes("BxD"), metavar="BxD", help="of the table; none: no table")
     add("--lengths", type=int, metavar="T", help="of the table")
-    add("--layers", type=sizes("BxDxT"), metavar="BxDxT", help="whole layers; none: no such table")
-    add("--scan", type=sizes("BxDxT"), metavar="BxDxT", help="sizes to compare with a plain scan")
-    add("--devices", type=sizes("BxDxT"), metavar="BxDxT", help="sizes to split over all devices")
+    add = functools.partial(add, type=sizes("BxDxT"), metavar="BxDxT")
+    add("--layers", help="whole layers, by the first of --methods alone; none: no such table")
+    first = "by the first of --methods and of --dtypes alone"
+    add("--scan", help=f"sizes to compare with a plain scan, {first}")
+    add("--devices", help=f"sizes to split over all devices, {first}")
     add = p.add_argument
     add("--quick", action="store_true", help="one small size where none is given")
     add("--rival", type=Path, help="built checkout of ml-pararnn to time beside us (CUDA, torch)")
@@ -247,8 +249,11 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         "rival steps / ours": "step by step / ours",
     }
     if rows["table"]:
-        text += ["Forward of the recurrence:", columns(rows["table"], size | forward)]
-        text += ["Forward and backward of the recurrence:", columns(rows["table"], size | both)]
+        text += ["Forward of the recurrence:", report.columns(rows["table"], size | forward)]
+        text += [
+            "Forward and backward of the recurrence:",
+            report.columns(rows["table"], size | both),
+        ]
     ratios = [row["rival / ours"] for row in rows["table"] if "rival / ours" in row]
     if ratios:
         text.append(
@@ -257,7 +262,9 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         )
     if rows["scan"]:
         text += ["Forward, beside one step after the other:"]
-        text += [columns(with_speedup(rows["scan"]), size | forward | {"against scan": "x scan"})]
+        text += [
+            report.columns(with_speedup(rows["scan"]), size | forward | {"against scan": "x scan"})
+        ]
     if rows["devices"]:
         spread = {"devices": "devices"}
         spread |= {f"{name} {what} ms": f"{what}, {name}, ms" for what in ("forward", "both")
@@ -266,14 +273,14 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         spread |= {"error": "error", "gradient error": "gradient error"}
         text += [
             "Time split over all devices, the same inputs again and again:",
-            columns(rows["devices"], size | spread),
+            report.columns(rows["devices"], size | spread),
         ]
     if rows["layers"]:
         text += [
             f"The whole layer, {HEADS} heads, as wide inside as outside (error: of gradients, "
             "against the method scan, T at most 256, full matmul precision; timed at the default, "
             "TF32 for float32 on both sides):",
-            columns(rows["layers"], size | layer),
+            report.columns(rows["layers"], size | layer),
         ]
     notes = [
         f"- {' '.join(str(row[k]) for k in size)}: {prefix}{row[key]}"
@@ -282,16 +289,6 @@ def pages(rows: dict[str, list[dict[str, Any]]], rate: float, left_out: int) -> 
         if row.get(key)
     ]
     return text + ["\n".join(notes)] * bool(notes)
-
-
-def columns(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
-    """A table of the columns of `names` that any row has, under their new names."""
-    kept = [k for k in names if any(row.get(k) is not None for row in rows)]
-
-    def cell(name: str, value: Any) -> Any:
-        return f"{value:.0e}" if name.endswith("error") and value is not None else value
-
-    return report.table({names[k]: cell(k, row.get(k)) for k in kept} for row in rows)
 
 
 def with_speedup(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

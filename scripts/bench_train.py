@@ -1,4 +1,4 @@
-"""Training speed: tokens/s and MFU of whole steps, with the correctness of attention checked first.
+"""Training speed: tokens/s and MFU of whole steps, each model's loss checked first.
 
 Batches are random tokens in full rows (one document a row), already on the device: this measures
 the step. What the input costs is measured in training runs and by scripts/bench_input.py.
@@ -7,6 +7,7 @@ the step. What the input costs is measured in training runs and by scripts/bench
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from typing import Any
@@ -16,10 +17,14 @@ from cli import run
 
 EXAMPLES = """examples:
   python scripts/bench_train.py --preset cpu1 --case parscale-tiny-p4,batch=4,length=128
+  python scripts/bench_train.py --preset cpu1 --case pararnn-tiny-gru,batch=4,length=128
   python scripts/bench_train.py --preset h100x1 --attention cudnn --report \\
       --case parscale-0.9b-p1,batch=8,length=2048,remat=dots \\
       --case parscale-0.9b-p4,batch=4,length=2048,remat=full
 """
+
+# What the check computes by, in float32: whichever of these a family has.
+REFERENCE = {"attention": "xla", "recurrence": "scan"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "--case", action="append", required=True, help="model,batch=,length=,remat=,accumulate="
     )
     p.add_argument("--preset", default="any_data", help="default %(default)s")
-    p.add_argument("--attention", help="implementation; default: the fastest that fits")
+    p.add_argument(
+        "--attention", help="implementation; default: the fastest that fits; not for recurrences"
+    )
     p.add_argument("--steps", type=int, default=10, help="timed steps, default %(default)s")
     p.add_argument("--report", action="store_true", help="write reports/train_<hardware>_<date>.md")
     return p
@@ -78,6 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     preset = pjit_configs.preset(args.preset)
     mesh = preset.mesh()
     device = jax.devices()[0].device_kind
+    for c in cases:  # what is wrong with any of them is said before the first one runs
+        try:
+            step = program(c, preset, mesh, attention=args.attention)[1]
+            if args.attention is not None:
+                step.trace_step()
+        except NotImplementedError as error:
+            raise UserError(f"--attention {args.attention}: {c.model}: {error}") from error
     rows = []
     for c in cases:
         error = gate(c, preset, mesh, args.attention)
@@ -92,9 +106,10 @@ def main(argv: list[str] | None = None) -> int:
             f"Preset `{preset.name}`, attention `{args.attention or 'chosen'}`, parameters "
             f"{preset.precision.params}, compute {preset.precision.compute}, AdamW. Medians of "
             f"{args.steps} steps after two. MFU: model FLOPs (causal attention counted as half, "
-            "nothing recomputed counted; ParScale: P times the trunk) over the chip's dense bf16 "
-            "peak. `check`: relative difference of the loss of a two-layer model of the same "
-            "widths from the plain XLA attention in float32."
+            "nothing recomputed and no step of a recurrence counted; ParScale: P times the trunk) "
+            "over the chip's dense bf16 peak. `check`: relative difference of the loss of a "
+            "two-layer model of the same widths from the same parameters computed in float32, by "
+            "the plain XLA attention or a recurrence step after step."
         )
         path = report.write(
             "train",
@@ -107,23 +122,40 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def program(c: Case, preset, mesh, attention: str | None, **overrides):
-    """The step of `c` and its model's config; also used by the check, with less depth."""
+def program(c: Case, preset, mesh, *, shallow: bool = False, **how: str | None):
+    """The step of `c` and its model's config.
+
+    Args:
+      shallow: two layers and a small vocabulary, for the check.
+      how: the model runs, as in `registry.run_as`.
+
+    Raises:
+      UserError: the case does not fit the model or the mesh, or `how` is not for its family.
+    """
     from flax import nnx
 
-    from hackle import zoo
+    from hackle.zoo import registry
     from hackle.zoo.errors import UserError
     from hackle.zoo.train.optimizer import AdamW, schedule
     from hackle.zoo.train.step import Program
 
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return zoo.create(c.model, rngs=rngs, remat=c.remat, attention=attention, **overrides)
+    entry = registry.entry(c.model)
+    try:
+        config = registry.run_as(entry.config, remat=c.remat, **how)
+    except UserError as error:
+        raise UserError(f"{c.model}: {error}") from None
+    if shallow:
+        config = dataclasses.replace(config, depth=2, vocab_size=1024)
+    limit = getattr(config, "max_length", math.inf)  # a recurrence has none
+    if c.length > limit:
+        raise UserError(f"{c.model}: length {c.length} exceeds the rotary range {limit}")
 
-    config = nnx.eval_shape(lambda: make(nnx.Rngs(0))).config
-    if c.length > config.max_length:
-        raise UserError(
-            f"{c.model}: length {c.length} exceeds the rotary range {config.max_length}"
-        )
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        try:
+            return entry.model_class(config, rngs=rngs)
+        except ValueError as error:
+            raise UserError(f"{c.model}: {error}") from error
+
     return config, Program(
         make,
         preset=preset,
@@ -147,20 +179,28 @@ def random_batch(c: Case, vocab_size: int, sharding) -> dict[str, Any]:
 
 
 def gate(c: Case, preset, mesh, attention: str | None) -> float:
-    """Relative difference of the loss from the reference; raises when it is not small."""
+    """Relative difference of the loss from that in float32; raises when it is not small."""
+    import jax
     import numpy as np
 
+    from hackle.zoo import registry
+
     small = dataclasses.replace(c, accumulate=1)
-    shallow = dict(depth=2, vocab_size=1024)
-    losses = []
-    exact = preset.replace(
-        precision=dataclasses.replace(preset.precision, compute=preset.precision.params)
-    )
-    for p, implementation in ((preset, attention), (exact, "xla")):
-        config, step = program(small, p, mesh, implementation, **shallow)
-        state = step.init(0)
-        sums = step.evaluate(state, random_batch(small, config.vocab_size, step.batch_sharding))
-        losses.append(float(sums.nll) / float(sums.targets))
+    own = registry.entry(c.model).config
+    reference = {name: value for name, value in REFERENCE.items() if hasattr(own, name)}
+    # Of the same parameters, so these stay in their dtype.
+    exact = preset.replace(precision=dataclasses.replace(preset.precision, compute="float32"))
+
+    def loss(preset, **how: str | None) -> float:
+        config, step = program(small, preset, mesh, shallow=True, **how)
+        batch = random_batch(small, config.vocab_size, step.batch_sharding)
+        sums = step.evaluate(step.init(0), batch)
+        return float(sums.nll) / float(sums.targets)
+
+    losses = [loss(preset, attention=attention)]
+    # Else chips round the factors of a float32 product to fewer bits.
+    with jax.default_matmul_precision("highest"):
+        losses.append(loss(exact, **reference))
     error = abs(losses[0] - losses[1]) / losses[1]
     if not np.isfinite(error) or error > 2e-3:
         raise SystemExit(
@@ -174,8 +214,8 @@ def measure(c: Case, preset, mesh, attention: str | None, steps: int) -> dict[st
 
     from hackle.zoo.train.metrics import mfu, peak_flops, train_flops_per_token
 
-    config, step = program(c, preset, mesh, attention)
-    row: dict[str, Any] = dict(model=c.model, batch=c.batch, length=c.length, remat=c.remat)
+    config, step = program(c, preset, mesh, attention=attention)
+    row: dict[str, Any] = dataclasses.asdict(c)
     try:
         state = step.init(0)
         batch = random_batch(c, config.vocab_size, step.batch_sharding)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,6 +268,7 @@ def save(
     """Writes the model, then the files that concern text; `tokenizer` is one to use instead."""
     from hackle import zoo
     from hackle.zoo.data import load_tokenizer
+    from hackle.zoo.weights.folder import read_json
 
     text_from = args.tokenizer or text_from
     tokenizer = tokenizer or text_from / "tokenizer.json"
@@ -277,7 +277,7 @@ def save(
     copied = [name for name in TEXT_FILES if (text_from / name).is_file()]
     extra = {}
     if (text_from / "config.json").is_file():
-        fields = json.loads((text_from / "config.json").read_text(encoding="utf-8"))
+        fields = read_json(text_from / "config.json")
         extra = {key: fields[key] for key in TOKEN_FIELDS if key in fields}
     zoo.save_pretrained(
         model,

@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
         preset = pjit_configs.preset(args.preset)
     dtype = args.dtype or (None if preset is None else preset.precision.compute)
-    model = zoo.from_pretrained(folder, mesh=preset, dtype=dtype)
     stops = stop_tokens(tokenizer, folder, args.stop)
+    model = zoo.from_pretrained(folder, mesh=preset, dtype=dtype)
     if args.branches:
         for prompt in prompts:
             draw(args, model, tokenizer, prompt, sampling, stops)

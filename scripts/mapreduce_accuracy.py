@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from hackle.zoo.errors import UserError
+    from hackle.zoo.local_path import local_path
 
+    args.out = local_path(args.out, "--out")
     until = time.monotonic() + (math.inf if args.seconds is None else args.seconds)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("hackle").setLevel(logging.INFO)

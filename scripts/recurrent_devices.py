@@ -11,13 +11,13 @@ from recurrent_rows import (
     STATE_ERROR,
     Case,
     Given,
-    WrongResult,
     check,
     random_array,
     recurrence,
     require,
     state_arrays,
 )
+from rows import WrongResult
 
 RULES = {"batch": None, "length": "seq", "state": None}
 

@@ -3,18 +3,15 @@
 What is timed is checked first, on the very call that is timed: some channels at all times.
 """
 
-import contextlib
 import dataclasses
 import functools
-import gc
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 import recurrent_reference as reference
 from clock import on_gpu, seconds
+from rows import Skipped, WrongResult, compile_each
 
 DTYPES = ("float32", "bfloat16")
 # Largest error of a state (their size is at most 1), and of a gradient over its largest entry.
@@ -55,30 +52,6 @@ class Case:
     def bytes(self, what: str) -> int:
         """Bytes that `what`, "forward" or "backward", moves at least and has to hold."""
         return ARRAYS[self.cell][what] * self.size * (4 if self.dtype == "float32" else 2)
-
-
-def measured(fill: Callable[[dict[str, Any]], None], rival) -> dict[str, Any]:
-    """What `fill` writes into a row; `failed` and `skipped` say why it came no further."""
-    row: dict[str, Any] = {"failed": "", "skipped": ""}
-    try:
-        fill(row)
-    except TooLarge as error:
-        row["skipped"] = str(error)
-    # A row that breaks, in whatever way, is reported and must not take the others with it.
-    except Exception as error:
-        row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    gc.collect()
-    if rival is not None:
-        rival.free()
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-
-
-class WrongResult(Exception):
-    """A result that is not the float64 one."""
-
-
-class TooLarge(Exception):
-    """A row that does not fit the device."""
 
 
 # --- the recurrence ------------------------------------------------------------------------------
@@ -181,24 +154,6 @@ def compile_ahead(cases: list[Case], backward: bool) -> Programs:
 
     whats = ("forward", "backward")[: 1 + backward]
     return compile_each([(case, what) for case in cases for what in whats], checked)
-
-
-def compile_each(jobs: list[tuple[Any, str]], lowered: Callable[..., Any]) -> dict[Any, Any]:
-    """What `lowered(*job)` compiles to, by job, many at a time.
-
-    What cannot be compiled is left out: its row does it again, and reports why not.
-    """
-    programs = {}
-    with ThreadPoolExecutor() as pool:
-        started = {}
-        for job in jobs:
-            with contextlib.suppress(Exception):
-                # Lowered here: to lower kernels in several threads at once has crashed.
-                started[job] = pool.submit(lowered(*job).compile)
-        for job, program in started.items():
-            with contextlib.suppress(Exception):
-                programs[job] = program.result()
-    return programs
 
 
 def forward_columns(case: Case, given: Given, program, row: dict[str, Any], rate: float, rival):
@@ -377,13 +332,13 @@ def grouped(inputs: list) -> list[list]:
 
 
 def require(case: Case, what: str) -> None:
-    """Raises TooLarge if the arrays of `what` do not fit the device."""
+    """Raises Skipped if the arrays of `what` do not fit the device."""
     import jax
 
     size = case.bytes(what) * input_sets(case, what)
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and size > limit:
-        raise TooLarge(f"{what} needs {size / 2**30:.1f} GiB, JAX has {limit / 2**30:.1f}")
+        raise Skipped(f"{what} needs {size / 2**30:.1f} GiB, JAX has {limit / 2**30:.1f}")
 
 
 def timed(program, state, groups, what: str, case: Case, rate: float) -> dict[str, Any]:

@@ -36,6 +36,17 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """A table of the columns of `names` that any row has, under their new names; errors (whose
+    name ends so) with one digit."""
+    kept = [k for k in names if any(row.get(k) is not None for row in rows)]
+
+    def cell(name: str, value: Any) -> Any:
+        return f"{value:.0e}" if name.endswith("error") and value is not None else value
+
+    return table({names[k]: cell(k, row.get(k)) for k in kept} for row in rows)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)

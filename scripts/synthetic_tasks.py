@@ -211,9 +211,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from hackle.zoo.errors import UserError
+    from hackle.zoo.local_path import local_path
     from hackle.zoo.tasks.settings import Settings
     from hackle.zoo.tasks.setups import setup
 
+    args.out = local_path(args.out, "--out")
     if args.seconds is not None and args.seconds <= 0:
         raise UserError(f"--seconds {args.seconds:g}; expected more than 0")
     names = [field.name for field in dataclasses.fields(Settings)]

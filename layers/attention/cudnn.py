@@ -65,13 +65,16 @@ def attend(
     plan = _plan(mask)
     assert isinstance(plan, _Plan)
     rows = plan.prefix if plan.causal else 0
+    lengths = plan.lengths
+    if lengths is not None:  # one for all rows, maybe
+        lengths = jnp.broadcast_to(lengths.astype(jnp.int32), query.shape[:1])
     out = jax.nn.dot_product_attention(
         jnp.pad(query, ((0, 0), (rows, 0), (0, 0), (0, 0))),
         key,
         value,
         scale=scale,
         is_causal=plan.causal,
-        key_value_seq_lengths=None if plan.lengths is None else plan.lengths.astype(jnp.int32),
+        key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
     return out[:, rows:]

@@ -52,6 +52,12 @@ class KeyValueCache:
         """How many tokens fit, the prefix not counted."""
         return self.positions.shape[1] - self.prefix_length
 
+    @property
+    def next_position(self) -> jax.Array:
+        """The one after the last token of each row, int32 `[B]`; 0 where there is none."""
+        taken = jnp.where(self.positions == HIDDEN, -1, self.positions)
+        return jnp.max(taken, axis=1, initial=-1) + 1
+
     def admit(self, positions: jax.Array, branches: BranchIds | None = None) -> "KeyValueCache":
         """Makes n new tokens at `positions` int32 `[B, n]` visible; -1 marks padding.
 

@@ -56,11 +56,6 @@ class Preset:
         """Memory of one device; None where it is not known beforehand."""
         return None if self.hardware is None else self.hardware.hbm_bytes
 
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bfloat16 FLOP/s of one device; None where it is not known beforehand."""
-        return None if self.hardware is None else self.hardware.peak_flops
-
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices`; see `build_mesh` for None and for what is refused."""
         try:

@@ -17,13 +17,11 @@ from hackle.pjit_configs import (
     chip_of,
     rule_table,
 )
-from hackle.pjit_configs.axes import MESH_AXIS_MEANINGS
 
 
 def test_axes_are_few_and_each_has_one_line():
     assert len(AXES) <= 20
-    assert tuple(MESH_AXIS_MEANINGS) == MESH_AXES
-    for meaning in [*AXES.values(), *MESH_AXIS_MEANINGS.values(), *REMAT.values()]:
+    for meaning in [*AXES.values(), *REMAT.values()]:
         assert meaning and "\n" not in meaning
 
 

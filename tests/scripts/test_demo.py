@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from tests.scripts.running import call, load
@@ -81,47 +80,3 @@ def test_comparison_wants_the_same_tokens():
     script = load("compare_streams")
     with pytest.raises(UserError, match="do not see the same tokens"):
         script.compare({"1": tiny(1), "2": tiny(2).replace(seed=1)}, None)
-
-
-def test_training_benchmark_measures_and_checks(capsys):
-    script = load("bench_train")
-    case = "parscale-tiny-p2,batch=8,length=16,remat=none"
-    assert call(script, "--preset", "any_data", "--steps", 1, "--case", case) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[1])
-    assert row["tokens/s"] > 0
-    assert (row["MFU %"] is None) == (jax.default_backend() == "cpu"), "a CPU has no known peak"
-
-
-def test_training_benchmark_prints_no_speed_while_its_check_is_red(monkeypatch, capsys):
-    from hackle.layers.attention import cudnn, xla
-
-    script = load("bench_train")
-    for implementation in (xla, cudnn):
-
-        def wrong(query, *args, right=implementation.attend):
-            # Only the fast side of the check computes in bf16.
-            factor = 30 if query.dtype == "bfloat16" else 1
-            return jax.tree.map(lambda out: out * factor, right(query, *args))
-
-        monkeypatch.setattr(implementation, "attend", wrong)
-    with pytest.raises(SystemExit, match="no timing"):
-        script.main(["--preset", "any_data", "--case", "parscale-tiny-p2,batch=8,length=16"])
-    assert "tokens/s" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--case", "parscale-tiny-p2,rows=3"], "--case field 'rows=3'"),
-        (["--case", "parscale-tiny-p2,batch=x"], "batch='x' is not a number"),
-        (["--case", "no-such-model"], "no-such-model"),
-        (["--case", "parscale-tiny-p2,length=9999"], "rotary range"),
-        (["--case", "parscale-tiny-p2", "--preset", "h100"], "unknown preset"),
-        (["--case", "parscale-tiny-p2", "--steps", "0"], "--steps must be >= 1"),
-    ],
-    ids=lambda x: x[-1] if isinstance(x, list) else "",
-)
-def test_bad_benchmark_input(args, message, capsys):
-    assert call(load("bench_train"), *args) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1

@@ -165,7 +165,7 @@ def list_corpus(
             f"{what} holds {len(kept)} usable text files ({_reasons(counts)}); expected at least "
             "2 different ones, to train on one and validate on another"
         )
-    validation = {digest for digest in kept if _fraction(digest) < VALIDATION_SHARE}
+    validation = {digest for digest in kept if fraction(digest) < VALIDATION_SHARE}
     if not validation:
         validation = {min(kept)}
     elif len(validation) == len(kept):
@@ -186,7 +186,8 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _fraction(digest: str) -> float:
+def fraction(digest: str) -> float:
+    """A hash, in hexadecimal digits, as a number from 0 to 1."""
     return int(digest[:8], 16) / 2**32
 
 

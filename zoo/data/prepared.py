@@ -33,6 +33,7 @@ from hackle.zoo.data.tokenizer import (
     train_tokenizer,
 )
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 
 FORMAT = 1
 METADATA = "metadata.json"
@@ -124,7 +125,9 @@ def open_corpus(source: str | Path) -> Corpus:
     Raises:
       UserError: the folder is missing, unreadable or empty.
     """
-    return list_python_source() if source == PYTHON else list_text_folder(source)
+    if source == PYTHON:
+        return list_python_source()
+    return list_text_folder(local_path(source, "corpus"))
 
 
 def prepare(
@@ -157,7 +160,7 @@ def prepare(
     elif given.eos_id is None:
         raise UserError(f"tokenizer {given.path} has no {END_OF_TEXT} token to end documents with")
     kind = f"bpe{vocab_size}" if given is None else given.sha256[:12]
-    data_dir = Path(data_dir)
+    data_dir = local_path(data_dir, "data_dir")
     folder = data_dir / "tokens" / f"{corpus.name}-{corpus.key}-{kind}"
     found = _reusable(folder, corpus, given)
     if found is not None:

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -89,7 +90,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or it is not a tokenizer file.
     """
-    path = Path(path)
+    path = local_path(path, "tokenizer")
     if path.is_dir():
         path = path / FILE_NAME
     try:

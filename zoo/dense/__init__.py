@@ -1,4 +1,4 @@
-"""Dense decoders of the Qwen2 / Qwen2.5 family."""
+"""Dense decoders: Qwen2, Qwen2.5, Qwen3 and Llama."""
 
 from hackle.zoo.dense.modeling import DenseConfig, DenseLM
 

@@ -1,11 +1,11 @@
 """Between tokens and a terminal: text that grows, and tokens that end it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from hackle.zoo.data.tokenizer import Tokenizer
 from hackle.zoo.errors import UserError
+from hackle.zoo.weights.folder import read_json
 
 
 class TextStream:
@@ -44,7 +44,7 @@ def stop_tokens(
     tokenizer_config.json (ParScale's do); all of them count.
 
     Raises:
-      UserError: a text of `texts` is not one token.
+      UserError: a text of `texts` is not one token, or a file holds no JSON or other ends.
     """
     if texts:
         found = set()
@@ -57,7 +57,12 @@ def stop_tokens(
     stops = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
     for name in ("config.json", "generation_config.json"):
         ends = _read(folder / name).get("eos_token_id")
-        stops.update([ends] if isinstance(ends, int) else ends or [])
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if any(type(one) is not int for one in listed):
+            raise UserError(
+                f"eos_token_id={ends!r} in {folder / name}; expected an integer or a list of them"
+            )
+        stops.update(listed)
     end = _read(folder / "tokenizer_config.json").get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     if end is not None and (token := tokenizer.backend.token_to_id(end)) is not None:
@@ -66,4 +71,4 @@ def stop_tokens(
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

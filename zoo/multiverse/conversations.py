@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hackle.layers.multiverse import BranchError, Tags, branch_structure
+from hackle.zoo.data.files import fraction
 from hackle.zoo.data.packing import Batch, seeded_order
 from hackle.zoo.data.tokenizer import FILE_NAME, Tokenizer, extend_tokenizer, load_tokenizer
 from hackle.zoo.data.whole import Document, lay, next_fit
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 
 # Form of a chain of thought -> its field, and what is said behind the question.
 _ALONE = " Think step by step before answering."
@@ -252,9 +254,10 @@ def encode_file(
         paths have other indices than their outlines (names the line's number among the rows, and
         the token or the index); no row to train on.
     """
+    path = local_path(path, "corpus")
     rows = read_rows(path)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    encoder = Encoder(tokenizer, Path(data_dir) / "conversations" / digest[:12])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    encoder = Encoder(tokenizer, local_path(data_dir, "data_dir") / "conversations" / digest[:12])
     kept, plain, held_out = [], [], []
     for number, row in enumerate(rows, 1):
         forms = ("tagged" if tagged else "untagged", "original")
@@ -269,8 +272,8 @@ def encode_file(
                 raise UserError(f"{path} row {number}: {error}") from None
             if (reason := wrong_index(row[FORMS["tagged"][0]])) is not None:
                 raise UserError(f"{path} row {number}: {reason}")
-        share = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) / 2**32
-        if share < VALIDATION_SHARE:
+        question = hashlib.sha256(row["question"].encode()).hexdigest()
+        if fraction(question) < VALIDATION_SHARE:
             held_out.append(one)
         else:
             kept.append(one)

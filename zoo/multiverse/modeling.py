@@ -153,7 +153,7 @@ def as_multiverse(
     Raises:
       ValueError: the trunk has no row for a tag, or is not one decoder.
     """
-    return _with_state(_config(trunk, tags), nnx.state(trunk))
+    return MultiverseLM.with_state(_config(trunk, tags), nnx.state(trunk))
 
 
 def add_tags(
@@ -206,7 +206,7 @@ def add_tags(
         table = flat["head", "weight"]
         flat["head", "weight"] = table.replace(fit(table[...].T).T)
     config = dataclasses.replace(config, vocab_size=rows)
-    return _with_state(config, nnx.from_flat_state(flat))
+    return MultiverseLM.with_state(config, nnx.from_flat_state(flat))
 
 
 def _resized(table: jax.Array, rows: int) -> jax.Array:
@@ -227,11 +227,6 @@ def _config(trunk: CausalDecoder, tags: Tags) -> MultiverseConfig:
     fields = {field.name for field in dataclasses.fields(MultiverseConfig)}
     known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return MultiverseConfig(**{k: v for k, v in known.items() if k in fields} | {"tags": tags})
-
-
-def _with_state(config: MultiverseConfig, state: nnx.State) -> MultiverseLM:
-    graph = nnx.split(nnx.eval_shape(lambda: MultiverseLM(config, rngs=nnx.Rngs(0))))[0]
-    return nnx.merge(graph, state)
 
 
 def _tags(roles: Mapping[str, Any]) -> Tags:

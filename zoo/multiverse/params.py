@@ -53,9 +53,7 @@ def write_config(config: MultiverseConfig) -> dict[str, Any]:
 
 def as_dense(model: MultiverseLM) -> DenseLM:
     """The dense model that it is, which knows of no tags; the arrays are shared, not copied."""
-    config = _trunk(model.config)
-    graph = nnx.split(nnx.eval_shape(lambda: DenseLM(config, rngs=nnx.Rngs(0))))[0]
-    return nnx.merge(graph, nnx.state(model))
+    return DenseLM.with_state(_trunk(model.config), nnx.state(model))
 
 
 def _trunk(config: MultiverseConfig) -> DenseConfig:

@@ -95,6 +95,4 @@ def as_dense(model: ParScaleLM) -> DenseLM:
         raise UserError(f"a model of {model.config.streams} streams is no dense model; expected 1")
     names = {field.name for field in dataclasses.fields(DenseConfig)}
     fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k in names}
-    config = DenseConfig(**fields, qkv_bias=True)
-    graph = nnx.split(nnx.eval_shape(lambda: DenseLM(config, rngs=nnx.Rngs(0))))[0]
-    return nnx.merge(graph, nnx.state(model))
+    return DenseLM.with_state(DenseConfig(**fields, qkv_bias=True), nnx.state(model))

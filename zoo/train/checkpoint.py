@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from hackle.pjit_configs import Preset
 from hackle.zoo import registry
 from hackle.zoo.errors import UserError
+from hackle.zoo.local_path import local_path
 from hackle.zoo.train.recipe import FREE_ON_RESUME
 from hackle.zoo.train.step import TrainState
 
@@ -31,10 +32,14 @@ _MODEL_FREE = frozenset(registry.EXECUTION)
 
 
 class RunFolder:
-    """The folder of a run, for reading."""
+    """The folder of a run, for reading.
+
+    Raises:
+      UserError: the path is a URL.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = local_path(path, "run folder")
         self.checkpoints = self.path / "checkpoints"
 
     def steps(self) -> list[int]:
@@ -124,7 +129,7 @@ def load_model(
     Raises:
       UserError: no such checkpoint, or a damaged one.
     """
-    folder = RunFolder(Path(run).expanduser())
+    folder = RunFolder(run)
     steps = folder.steps()
     if not steps or (step is not None and step not in steps):
         wanted = "complete checkpoint" if step is None else f"checkpoint of step {step}"

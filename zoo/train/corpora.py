@@ -69,17 +69,22 @@ def has_prompts(corpus: str) -> bool:
 
 
 def check_corpus(recipe: Recipe) -> None:
-    """Raises UserError for a corpus or a tokenizer that is not there, without reading either."""
+    """Raises UserError for a corpus or a tokenizer that is not there, without reading either, and
+    for a tokenizer that has no use."""
     corpus, names = recipe.corpus, (PYTHON, RANDOM, *SETS)
-    for field in ("corpus", "tokenizer", "data_dir"):
-        if (value := getattr(recipe, field)) is not None:
-            local_path(value, field)
-    if corpus not in names and not Path(corpus).exists():
+    local_path(recipe.data_dir, "data_dir")
+    if corpus not in names and not local_path(corpus, "corpus").exists():
         if "/" in corpus or "." in corpus:
             raise UserError(f"corpus={corpus!r} does not exist; expected a folder or a file")
         raise unknown("corpus", corpus, names)
-    tokenizer = None if corpus in SETS else recipe.tokenizer  # those have their own
-    if tokenizer is not None and not Path(tokenizer).exists():
+    if (tokenizer := recipe.tokenizer) is None:
+        return
+    if corpus in SETS:
+        raise UserError(f"tokenizer={tokenizer!r}: {corpus} has its own; expected none")
+    # A trunk without tags makes them from words.
+    if corpus == RANDOM and recipe.start_from is None:
+        raise UserError(f"tokenizer={tokenizer!r}: {corpus} has no text; expected none")
+    if not local_path(tokenizer, "tokenizer").exists():
         raise UserError(f"tokenizer={tokenizer!r} does not exist; expected a tokenizer.json")
 
 
@@ -163,7 +168,7 @@ class Text(Corpus):
         self._recipe = recipe
         self._prepared = prepare(
             recipe.corpus,
-            Path(recipe.data_dir).expanduser(),
+            recipe.data_dir,
             vocab_size=recipe.vocab_size,
             tokenizer=recipe.tokenizer,
         )
@@ -198,10 +203,6 @@ class Problems(Corpus):
     tags = alphabet.TAG_IDS
 
     def __init__(self, recipe: Recipe):
-        if recipe.tokenizer is not None:
-            raise UserError(
-                f"tokenizer={recipe.tokenizer!r}: {recipe.corpus} has its own; expected none"
-            )
         require_vocabulary(recipe, alphabet.VOCAB_SIZE)
         self._recipe, self._kinds = recipe, kinds_of(recipe.corpus)
         depth = max(kind.depth for kind in self._kinds)
@@ -209,7 +210,8 @@ class Problems(Corpus):
             raise UserError(
                 f"branch_depth={recipe.branch_depth}; {recipe.corpus} needs at least {depth}"
             )
-        self.tokenizer_file = Path(recipe.data_dir).expanduser() / "mapreduce" / "tokenizer.json"
+        folder = local_path(recipe.data_dir, "data_dir")
+        self.tokenizer_file = folder / "mapreduce" / "tokenizer.json"
         self.fingerprint = fingerprint(self._kinds, tagged=recipe.packing == BRANCHES)
         form = "Multiverse's form" if recipe.packing == BRANCHES else "sequential form"
         names = ", ".join(kind.name for kind in self._kinds)
@@ -250,7 +252,7 @@ class Conversations(Corpus):
         self._recipe = recipe
         found = encode_file(
             recipe.corpus,
-            Path(recipe.data_dir).expanduser(),
+            recipe.data_dir,
             recipe.tokenizer,
             tagged=recipe.packing == BRANCHES,
             depth=recipe.branch_depth,

@@ -29,6 +29,7 @@ from hackle.zoo.train.report import (
     MetricsLog,
     Progress,
     Silent,
+    as_json,
     plot_losses,
     progress_text,
     read_metrics,
@@ -129,6 +130,8 @@ def run(
             raise UserError(f"resume=never, but {out} holds a checkpoint of step {last}")
         source = Source(recipe)
         plan.check_tags(source.corpus.tags)
+        if last is None:
+            plan.check_data(source.fingerprint)
         identity = plan.identity(source.fingerprint)
         saved = None if last is None else folder.metadata(last)
         if last is not None and saved is not None:
@@ -221,11 +224,6 @@ class Run:
         weights = trunk.folder.parameters(trunk.step, with_shardings(trunk.abstract, placed))
         state = self.program.init(recipe.seed, weights)
         if recipe.continue_data:
-            if trunk.identity["data"] != self.source.fingerprint:
-                raise UserError(
-                    f"data cannot go on from {recipe.start_from!r}: the corpus has changed; "
-                    "set continue_data=false"
-                )
             iterator.set_state(trunk.folder.metadata(trunk.step)["data"])
         return state
 
@@ -351,7 +349,7 @@ class Run:
             checkpoint=str(self.folder.checkpoints / str(step)) if recipe.keep else None,
         )
         if self.first:
-            text = json.dumps(dataclasses.asdict(summary), indent=1) + "\n"
+            text = as_json(dataclasses.asdict(summary), indent=1)
             (out / "summary.json").write_text(text, encoding="utf-8")
         return summary
 

@@ -108,13 +108,12 @@ class Plan:
         chosen = {"attention": recipe.attention, "recurrence": recipe.recurrence}
         if recipe.packing == BRANCHES:  # not every model knows of them
             chosen["packing"] = recipe.packing
-        for name, choice in chosen.items():
-            if choice is None:
-                continue
+        said = ", ".join(f"{name}={one!r}" for name, one in chosen.items() if one is not None)
+        if said:
             try:
                 self.program.trace_step()
             except (ValueError, NotImplementedError) as error:
-                raise UserError(f"{name}={choice!r}: {error}") from error
+                raise UserError(f"{said}: {error}") from error
         self.flops_per_token = train_flops_per_token(
             self.config, recipe.length, frozen_trunk=recipe.mode == "frozen_trunk"
         )
@@ -150,8 +149,7 @@ class Plan:
                 f"start_from={self.recipe.start_from!r}: with its tags the trunk has a table of "
                 f"{trunk.config.vocab_size} rows; expected vocab_size={self.config.vocab_size}"
             )
-        graph = nnx.split(self.model_class(self.config, rngs=nnx.Rngs(0)))[0]
-        return nnx.merge(graph, nnx.state(trunk))
+        return self.model_class.with_state(self.config, nnx.state(trunk))
 
     def check_tags(self, tags: Tags | None) -> None:
         """Raises UserError where the model's tags are not those of the corpus."""
@@ -161,6 +159,16 @@ class Plan:
             raise UserError(
                 f"tags of {self.recipe.model} are not those of {self.recipe.corpus}: <Think> is "
                 f"token {found}; expected {expected}"
+            )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises UserError where the trunk read other data than those that are to go on."""
+        if self.trunk is None or not self.recipe.continue_data:
+            return
+        if self.trunk.identity["data"] != fingerprint:
+            raise UserError(
+                f"data cannot go on from {self.recipe.start_from!r}: the corpus has changed; "
+                "set continue_data=false"
             )
 
     def identity(self, data_fingerprint: str) -> dict[str, Any]:

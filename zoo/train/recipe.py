@@ -212,13 +212,6 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "overrides": dict(self.overrides)}
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Recipe":
-        for name in fields:
-            if name not in _TYPES:
-                raise unknown("recipe field", name, _TYPES)
-        return cls(**fields)
-
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
 

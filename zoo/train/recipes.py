@@ -250,11 +250,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def list_recipes() -> list[str]:
-    """Names of all recipes."""
-    return list(RECIPES)
-
-
 def recipe(name: str) -> Recipe:
     """The recipe called `name`.
 

@@ -27,14 +27,14 @@ class MetricsLog:
         self.path = folder / METRICS
         kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
         scratch = self.path.with_suffix(".partial")
-        scratch.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        scratch.write_text("".join(as_json(entry) for entry in kept), encoding="utf-8")
         scratch.replace(self.path)
         self._file = open(self.path, "a", encoding="utf-8")
         self._events = EventWriter(folder, step)
 
     def write(self, step: int, values: Mapping[str, Scalar]) -> None:
         known = {name: value for name, value in values.items() if value is not None}
-        self._file.write(_line({"step": step, **known}))
+        self._file.write(as_json({"step": step, **known}))
         self._file.flush()
         self._events.scalars(step, known)
         self._events.flush()
@@ -44,13 +44,13 @@ class MetricsLog:
         self._events.close()
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    # JSON has no NaN: null stands for a number that is not finite.
+def as_json(entry: Mapping[str, Any], indent: int | None = None) -> str:
+    """A line, or lines; JSON has no NaN: null stands for a number that is not finite."""
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in entry.items()
     }
-    return json.dumps(clean) + "\n"
+    return json.dumps(clean, indent=indent) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def read_config(folder: str | Path) -> tuple[Family, Any, dict[str, Any]]:
         raise UserError(
             f"checkpoint folder {folder} is a training run; expected the model in it: {inside}"
         )
-    fields = _read_json(folder / CONFIG_FILE)
+    fields = read_json(folder / CONFIG_FILE)
     if fields.get("model_type") is None:
         raise UserError(f"{folder / CONFIG_FILE}: field model_type is missing")
     try:
@@ -250,7 +250,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             return read_header(single), []
         except UserError as error:
             return {}, [str(error)]
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         return {}, [f"{INDEX_FILE} has no weight_map from tensor names to file names"]
     tensors: dict[str, TensorInfo] = {}
@@ -280,7 +280,12 @@ def _read_headers(folder: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     return tensors, problems
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: the file cannot be read, or holds none.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

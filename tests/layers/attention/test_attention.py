@@ -381,7 +381,9 @@ def test_samples_of_one_prompt_share_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "causal", "padding", "prefix", "prefix-padding"])
+@pytest.mark.parametrize(
+    "kind", ["none", "causal", "padding", "one-padding", "prefix", "prefix-padding"]
+)
 @pytest.mark.parametrize("width", [56, 64, 96, 128, 160])
 def test_cudnn_equals_the_reference(kind, width):
     """Values and gradients in bfloat16, every head width of the released models."""
@@ -391,6 +393,7 @@ def test_cudnn_equals_the_reference(kind, width):
         "none": None,
         "causal": masks.Causal(),
         "padding": masks.Padding(lengths),
+        "one-padding": masks.Padding(lengths[1:]),
         "prefix": masks.Prefix(prefix, masks.Causal()),
         "prefix-padding": masks.Prefix(prefix, masks.Causal() & masks.Padding(lengths)),
     }[kind]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hackle.layers import masks
-from hackle.layers.multiverse import BranchState, Tags, branch_structure, hidden_intervals
+from hackle.layers.multiverse import BranchState, Tags, branch_structure
 from tests.layers.multiverse.documents import (
     ID,
     NEWLINE,
@@ -38,13 +38,6 @@ def dense(structure):
     pad = ((0, 4 - depth), (0, 160 - length))
     block, path = (np.pad(x, pad)[None] for x in (structure.block, structure.path))
     return np.asarray(_dense(block, path))[0, :length, :length]
-
-
-def by_intervals(structure):
-    start, stop = hidden_intervals(structure.block, structure.path)
-    query = np.arange(structure.position.shape[-1])[:, None]
-    hidden = (start[:, None] <= query) & (query < stop[:, None])
-    return (query >= query.T) & ~hidden.any(0)
 
 
 def example(newlines):
@@ -106,34 +99,6 @@ def test_the_mask_hides_siblings_and_nothing_else(layout, newlines):
     for tokens in random_documents(60, seed=2, layout=layout, newlines=newlines, **MEDIUM):
         found = branch_structure(ids(tokens), layout=layout)
         np.testing.assert_array_equal(dense(found), visible(tokens))
-
-
-@pytest.mark.parametrize("newlines", [0, 1])
-def test_intervals_are_the_mask(newlines):
-    for tokens in random_documents(100, seed=3, newlines=newlines, **MEDIUM):
-        found = branch_structure(ids(tokens), depth=4)
-        np.testing.assert_array_equal(by_intervals(found), dense(found))
-
-
-def test_intervals_of_a_batch_are_those_of_its_rows():
-    rows = [ids(tokens)[:40] for tokens in random_documents(8, seed=4, **MEDIUM)]
-    found = branch_structure(np.stack(rows), depth=4, cut=True)
-    start, stop = hidden_intervals(found.block, found.path)
-    assert start.shape == stop.shape == (8, 4, 40) and start.dtype == np.int32
-    for row, tokens in enumerate(rows):
-        alone = branch_structure(tokens, depth=4, cut=True)
-        for batched, single in zip((start, stop), hidden_intervals(*alone[:2]), strict=True):
-            np.testing.assert_array_equal(batched[row], single)
-
-
-def test_intervals_refuse_what_is_no_interval():
-    found = branch_structure(ids(write(example(1))), layout="published")
-    with pytest.raises(ValueError, match="a block is not one run of tokens"):
-        hidden_intervals(found.block, found.path)
-    with pytest.raises(ValueError, match="a path is not one run"):
-        hidden_intervals(np.ones((1, 3), int), np.array([[1, 2, 1]]))
-    with pytest.raises(ValueError, match=r"must be \[..., depth, S\]"):
-        hidden_intervals(np.ones(3, int), np.ones(3, int))
 
 
 def test_no_key_in_sight_has_a_larger_position():

@@ -42,14 +42,29 @@ def test_the_end_of_text_token_is_not_shown(tokenizer):
     assert "".join(shown) == "x"
 
 
-def test_stops_come_from_every_file_that_names_one(tokenizer, tmp_path):
+@pytest.mark.parametrize("form", [lambda word: word, lambda word: {"content": word}])
+def test_stops_come_from_every_file_that_names_one(tokenizer, tmp_path, form):
     assert stop_tokens(tokenizer, tmp_path) == {tokenizer.eos_id}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "def"}}))
-    word = tokenizer.encode("def")
-    expected = {tokenizer.eos_id, 7, 8, 9} | (set(word) if len(word) == 1 else set())
-    assert stop_tokens(tokenizer, tmp_path) == expected
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": form("de")}))
+    token = tokenizer.backend.token_to_id("de")
+    assert token is not None and token not in (tokenizer.eos_id, 7, 8, 9)
+    assert stop_tokens(tokenizer, tmp_path) == {tokenizer.eos_id, 7, 8, 9, token}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"eos_token_id": "x"}', "eos_token_id='x' in .*; expected an integer or a list of them"),
+        ('{"eos_token_id": [3, true]}', "eos_token_id=.3, True. in "),
+        ("{", "generation_config.json is not JSON"),
+    ],
+)
+def test_a_damaged_file_of_stops_is_told(tokenizer, tmp_path, text, said):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        stop_tokens(tokenizer, tmp_path)
 
 
 def test_given_stops_replace_them_and_must_be_one_token(tokenizer, tmp_path):

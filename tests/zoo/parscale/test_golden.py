@@ -99,7 +99,18 @@ def left_padded_cache(model, tokens):
     return model.logits(features[:, 2:])
 
 
-@pytest.mark.parametrize("run", [full, steps, chunks, left_padded, left_padded_cache])
+def on_from_left_padding(model, tokens):
+    """Positions are not counted in slots: padding takes one and is at none."""
+    padded = jnp.pad(tokens[:, :2], ((0, 0), (2, 0)))
+    positions = jnp.broadcast_to(jnp.asarray([-1, -1, 0, 1]), padded.shape)
+    features, cache = model.extend(padded, model.init_cache(len(tokens), 10), positions=positions)
+    more, _ = model.extend(tokens[:, 2:], cache)
+    return model.logits(jnp.concatenate([features[:, 2:], more], axis=1))
+
+
+@pytest.mark.parametrize(
+    "run", [full, steps, chunks, left_padded, left_padded_cache, on_from_left_padding]
+)
 def test_logits(model, run):
     logits = np.asarray(run(model, jnp.asarray(ROWS)))
     for (row, at), expected in LOGITS[model.streams].items():

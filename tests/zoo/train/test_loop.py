@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import chex
 import jax
@@ -176,6 +177,14 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_checkpoint(tmp_path, monke
     assert run(it, tmp_path, say=lines.append).finished
 
 
+def test_a_summary_is_json_whatever_the_last_loss(tmp_path, monkeypatch, lines):
+    spoil(monkeypatch, {5})
+    summary = run(recipe(max_nonfinite=3), tmp_path, say=lines.append)
+    assert np.isnan(summary.loss)
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+
+
 def test_a_few_bad_steps_are_skipped(tmp_path, monkeypatch, lines, capsys):
     spoil(monkeypatch, {1, 2})
     summary = run(recipe(max_nonfinite=3, save_every=2), tmp_path, say=lines.append)
@@ -209,6 +218,13 @@ def test_two_stages(corpus, tmp_path, monkeypatch, lines):
         np.testing.assert_array_equal(batch, next(after)["tokens"])
     with pytest.raises(UserError, match="data cannot go on from .*: batch: saved 8, now 16"):
         run(two.replace(batch=16), tmp_path / "other", say=lines.append)
+    more = Path(corpus["corpus"]) / "more.py"
+    more.write_text("x = 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "init", None)  # nothing is computed before
+        with pytest.raises(UserError, match="data cannot go on from .*: the corpus has changed"):
+            run(two, tmp_path / "other", say=lines.append)
+    more.unlink()
     with pytest.raises(UserError, match="is no trunk of this model: width: saved 16, now 32"):
         run(two.replace(overrides={"width": 32}), tmp_path / "other", say=lines.append)
     with pytest.raises(UserError, match="has 2 streams; expected 1"):

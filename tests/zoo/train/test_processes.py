@@ -26,7 +26,7 @@ from hackle.zoo.train import loop
 from hackle.zoo.train.recipe import Recipe
 if stop:
     loop.Stop.agreed = lambda self, step: step >= stop
-summary = loop.run(Recipe.from_json(fields), out)
+summary = loop.run(Recipe(**fields), out)
 print(f"steps {summary.step}")
 """
 

@@ -1,6 +1,7 @@
 """Recipes: every bad value is refused by name; texts of the command line become fields."""
 
 import dataclasses
+import json
 
 import pytest
 from flax import nnx
@@ -21,7 +22,7 @@ def test_every_recipe_fits_its_model(name):
     config = model_config(chosen, preset)
     assert chosen.length <= getattr(config, "max_length", chosen.length)  # a recurrence has none
     nnx.eval_shape(lambda: registry.entry(chosen.model).model_class(config, rngs=nnx.Rngs(0)))
-    assert Recipe.from_json(chosen.to_json()) == chosen
+    assert Recipe(**json.loads(json.dumps(chosen.to_json()))) == chosen
 
 
 def test_unknown_recipes_name_their_neighbours():
@@ -107,7 +108,16 @@ def test_bad_texts_are_refused(text, message):
         ({"corpus": "pyton"}, "unknown corpus 'pyton'; did you mean python"),
         ({"corpus": "gs://bucket/text"}, "corpus='gs://bucket/text' is a URL; expected a path"),
         ({"data_dir": "gs://bucket/data"}, "data_dir='gs://bucket/data' is a URL; expected"),
-        ({"tokenizer": "/no.json"}, "tokenizer='/no.json' does not exist; expected"),
+        ({"corpus": "~/nowhere"}, "corpus='~/nowhere' does not exist; expected a folder"),
+        ({"tokenizer": "/no.json"}, "tokenizer='/no.json': random has no text; expected none"),
+        (
+            {"corpus": "python", "tokenizer": "/no.json"},
+            "tokenizer='/no.json' does not exist; expected",
+        ),
+        (
+            {"corpus": "mapreduce-easy", "tokenizer": "/no.json"},
+            "tokenizer='/no.json': mapreduce-easy has its own; expected none",
+        ),
         ({"packing": "tight"}, "packing='tight'; expected one of documents, stream"),
         ({"start_from": "/nowhere"}, "start_from='/nowhere' holds no finished checkpoint"),
         ({"start_from": "gs://bucket/run"}, "start_from='gs://bucket/run' is a URL; expected"),
