@@ -48,20 +48,24 @@ class CausalConv(nnx.Module):
           ValueError: an array of another shape or dtype.
         """
         width, before = self.width, self.taps - 1
+        x = jnp.asarray(x)
         if x.ndim != 3 or x.shape[2] != width or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"CausalConv: x must be floating-point [batch, time, {width}], "
                 f"got {x.dtype} {x.shape}"
             )
         batch, length, _ = x.shape
-        x = cleared("CausalConv", x, lengths)
-        if tail is None:
-            tail = jnp.zeros((batch, before, width), x.dtype)
+        x, lengths = cleared("CausalConv", x, lengths)
+        if tail is None:  # made of x, so that it lies over the same devices
+            zero = jnp.zeros_like(jnp.sum(x, axis=1))
+            tail = jnp.broadcast_to(zero[:, None], (batch, before, width))
+        tail = jnp.asarray(tail)
         if tail.shape != (batch, before, width):
             raise ValueError(
                 f"CausalConv: tail must be [batch, taps - 1, width] = {(batch, before, width)}, "
                 f"got {tail.shape}"
             )
+        reset = None if reset is None else jnp.asarray(reset)
         if reset is not None and (reset.shape != (batch, length) or reset.dtype != bool):
             raise ValueError(
                 f"CausalConv: reset must be bool [batch, time] = {(batch, length)}, "
@@ -80,7 +84,7 @@ class CausalConv(nnx.Module):
             if starts is not None:
                 part = jnp.where((starts[:, at] == starts[:, before:])[..., None], part, 0)
             out = out + part
-        ends = length if lengths is None else jnp.clip(jnp.asarray(lengths), 0, length)
+        ends = length if lengths is None else jnp.clip(lengths, 0, length)
         ends = jnp.broadcast_to(ends, (batch,))[:, None]
         last = ends + jnp.arange(before)
         tail = jnp.take_along_axis(inputs, last[..., None], axis=1)

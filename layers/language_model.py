@@ -117,6 +117,8 @@ class LanguageModel(nnx.Module):
 
 def check_rows(tokens: jax.Array, **others: jax.Array | None) -> None:
     """Raises ValueError unless `tokens` are integers `[B, L]` and the others have their shape."""
+    if not hasattr(tokens, "shape"):
+        raise ValueError(f"tokens must be an array of integers [B, L], got {type(tokens).__name__}")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, L], got {tokens.dtype} {tokens.shape}")
     for name, array in others.items():

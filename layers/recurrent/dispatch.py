@@ -191,7 +191,7 @@ def _run(
     # Only the last array of a state leaves the layer, unless final states are read from them all.
     every = given.lengths is not None
     how = _How(cell, method, asked, platform, over_devices.placement(u), every)
-    states, final, info = _solve(how, u, given.weights, given.initial, given.reset)
+    states, final, info = _compiled(how, u, given.weights, given.initial, given.reset)
     info = lax.stop_gradient(info)
     if options is None and method in methods.ITERATIVE:
         _report(cell.name, method, info)
@@ -218,21 +218,26 @@ def _forward(how: _How, u, weights, initial, reset):
 
 
 def _backward(how: _How, kept, cotangents):
-    (u, weights, initial, reset), states, borders = kept
-    arrays = u, weights, initial, reset
+    arrays, *rest = kept
     given, final, _ = cotangents  # the info's is zero: its gradient is stopped
     given = given if how.every else (None,) * (how.cell.states - 1) + given
-    method = how.find()
+    reset = arrays[-1]
+    none = None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
+    return *_adjoint(how, arrays, *rest, given, final), none
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _adjoint(how: _How, arrays, states, borders, given, final):
+    method, (u, weights, initial, reset) = how.find(), arrays
+    known = u, weights, initial, reset, states
     if how.at is None:
-        gradients = method.adjoint(how.cell, *arrays, states, given, final)
-    else:
-        gradients = over_devices.adjoint(
-            method, how.at, how.cell, *arrays, states, borders, given, final
-        )
-    return *gradients, None if reset is None else np.zeros(reset.shape, jax.dtypes.float0)
+        return method.adjoint(how.cell, *known, given, final)
+    return over_devices.adjoint(method, how.at, how.cell, *known, borders, given, final)
 
 
 _solve.defvjp(_forward, _backward)
+# So that a call outside jit is compiled once and not each time.
+_compiled = jax.jit(_solve, static_argnums=0, inline=True)
 
 
 def _end_at(lengths: jax.Array, states: Arrays, initial: Arrays) -> tuple[Arrays, Arrays]:
@@ -260,7 +265,7 @@ def _checked(cell: Cell, u, weights, initial, reset, lengths) -> _Given:
     """Raises ValueError on arguments that do not fit. Where no step counts, u is zero."""
     name = cell.name
     u, *weights = (jnp.asarray(x) for x in (u, *weights))
-    reset, lengths = (None if x is None else jnp.asarray(x) for x in (reset, lengths))
+    reset = None if reset is None else jnp.asarray(reset)
     if u.ndim != 4 or u.shape[2] != 3 or not jnp.issubdtype(u.dtype, jnp.floating):
         raise ValueError(
             f"{name}: u must be floating-point [batch, time, 3, width], got {u.dtype} {u.shape}"
@@ -280,10 +285,10 @@ def _checked(cell: Cell, u, weights, initial, reset, lengths) -> _Given:
             f"{name}: reset must be bool [batch, time] = {(batch, time)}, "
             f"got {reset.dtype} {reset.shape}"
         )
-    u = cleared(name, u, lengths)
+    u, lengths = cleared(name, u, lengths)
     dtype = jnp.promote_types(u.dtype, jnp.float32)
     if initial is None:
-        start = tuple(jnp.zeros((batch, width), dtype) for _ in range(cell.states))
+        start: Arrays = ()
     else:
         start = tuple(map(jnp.asarray, initial if isinstance(initial, tuple | list) else [initial]))
         fits = [x.shape for x in start] == [(batch, width)] * cell.states
@@ -295,8 +300,12 @@ def _checked(cell: Cell, u, weights, initial, reset, lengths) -> _Given:
         named |= {"initial_state": start}
     for what, arrays in ({"u": u} | named).items():
         _refuse_not_finite(f"{name}: {what}", arrays)
-    joined = jnp.concatenate([w.astype(dtype) for w in weights])
-    return _Given(u, joined, tuple(x.astype(dtype) for x in start), reset, lengths)
+    # What is added is of u, so that all lie, or in a `shard_map` vary, over its devices: gradients
+    # of what these have in common are then sums over them.
+    zero = jnp.zeros_like(u[:, 0, 0], dtype)
+    joined = jnp.concatenate([w.astype(dtype) for w in weights]) + jnp.zeros_like(u, dtype, ())
+    start = tuple(x.astype(dtype) + zero for x in start) or (zero,) * cell.states
+    return _Given(u, joined, start, reset, lengths)
 
 
 def _refuse_not_finite(name: str, arrays: jax.Array | Arrays) -> None:
@@ -314,6 +323,7 @@ def _refuse_not_finite(name: str, arrays: jax.Array | Arrays) -> None:
                 )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _report(name: str, method: str, info: SolveInfo) -> None:
     """Logs, at run time, that a method did not converge."""
 

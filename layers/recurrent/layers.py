@@ -89,7 +89,7 @@ class _Recurrent(nnx.Module):
     def _inputs(self, x: jax.Array, lengths: jax.Array | None) -> jax.Array:
         """Pre-activations `[B, T, 3, D]` of `x [B, T, Din]`, of which `lengths` count."""
         x = self._checked(x, "batch", "time")
-        return self._project(cleared(type(self).__name__, x, lengths))
+        return self._project(cleared(type(self).__name__, x, lengths)[0])
 
     def _weights(self) -> Arrays:
         peephole = (self.peephole[...],) if isinstance(self.cell, LSTM) else ()

@@ -36,7 +36,8 @@ class SolveInfo(NamedTuple):
       log_jacobian: mean of `log |J|` over times and channels, |J| being the size of the number
         that J is for a channel, or its spectral radius where it is a matrix. Zeros, where a reset
         cuts, are left out. The recurrence forgets where it is negative, and resists being solved
-        for all times at once where it is positive (arXiv 2508.16817).
+        for all times at once where it is positive (arXiv 2508.16817). Whoever uses it under `jit`
+        makes the Jacobians of all times.
     """
 
     iterations: jax.Array
@@ -57,6 +58,8 @@ Linearize = Callable[[Arrays], tuple[Arrays, Matrix]]
 
 def check_bounds(name: str, tolerance: float | None, max_iterations: int | None) -> None:
     """Raises ValueError on a tolerance or a bound of the iterations that no method can keep."""
+    if isinstance(tolerance, jax.core.Tracer):
+        raise ValueError(f"{name}: tolerance is traced; expected a number known before the run")
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"{name}: tolerance={tolerance}; expected a finite number from 0 on")
     if max_iterations is not None and not (
@@ -122,7 +125,10 @@ def iterate(
         reached = affine.reached(jacobian, tuple(map(jnp.isnan, after)), axis)
         return tuple(jnp.where(r, jnp.nan, x) for r, x in zip(reached, states, strict=True))
 
-    start = guess, jnp.full((), jnp.inf, guess[0].dtype), jnp.zeros((), jnp.int32), jnp.array(False)
+    # Made of the guess, so that they vary over the same devices.
+    size = jnp.full_like(_largest(guess, instead=0), jnp.inf)
+    undefined = jnp.zeros_like(_any(jnp.isnan, guess))
+    start = guess, size, jnp.zeros((), jnp.int32), undefined
     states, size, iterations, undefined = lax.while_loop(go_on, body, start)
     states = lax.cond(undefined, spoilt, lambda states: states, states)
     return states, Progress(iterations, size <= (tolerance or usual))
@@ -287,8 +293,7 @@ def adjoint(
     jacobian, local = cell.local_gradients(before, row, rows)
     jacobian = _cut(jacobian, keep)
     given = tuple(
-        jnp.zeros(u.shape[:2] + u.shape[3:], dtype) if g is None else g.astype(dtype)
-        for g in cotangents
+        jnp.zeros_like(u[:, :, 0], dtype) if g is None else g.astype(dtype) for g in cotangents
     )
     given = tuple(g.at[:, -1].add(f) for g, f in zip(given, final_cotangents, strict=True))
     total = affine.solve_transposed(jacobian, given, 1)

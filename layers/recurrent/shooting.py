@@ -122,7 +122,7 @@ def _solve(cell: Cell, u, weights, initial: Arrays, reset, tolerance, max_iterat
         (ends, products), states = lax.scan(step, (entries, identity(entries)), xs)
         return Pass(states, ends, entries, products, Progress(jnp.int32(1), jnp.array(True)))
 
-    zeros = tuple(jnp.zeros((count, batch, width), dtype) for _ in initial)
+    zeros = tuple(jnp.broadcast_to(jnp.zeros_like(x), (count, *x.shape)) for x in initial)
     ends = march(zeros, max(0, length - _BURN_IN)).ends
     passed = march(affine.shifted(initial, ends, 0))
     passed = shoot(passed, march, initial, tolerance=tolerance, max_passes=max_iterations)

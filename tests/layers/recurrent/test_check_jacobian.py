@@ -31,3 +31,14 @@ def test_what_is_not_finite_is_said():
     spike = lambda h, x: jnp.where(h == 1, h, jnp.nan)
     with pytest.raises(ValueError, match=r"finite at this state, but not .* size \(1.0, 0.1, 0.01"):
         check_jacobian(spike, ONE, ONE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_mixing_step_is_seen_in_any_dtype_and_size(dtype, size):
+    state = jnp.zeros(8, dtype)
+    alone = lambda h, x: jnp.tanh(size * h + x)
+    check_jacobian(alone, state, state)
+    mixed = lambda h, x: (size * jnp.roll(h, 1) + x).astype(h.dtype)
+    with pytest.raises(ValueError, match="is not 'diagonal'"):
+        check_jacobian(mixed, state, state)

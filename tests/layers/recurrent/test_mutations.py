@@ -32,6 +32,14 @@ def _short_segments(monkeypatch):
     monkeypatch.setattr(shooting, "_BURN_IN", 1)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """What was compiled from other lines serves no test here, and what is here no other."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def errors(cell, method):
     """Of states and of gradients, all compiled anew."""
     u, weights, initial, reset = draw(cell, SHAPE, 0.9)

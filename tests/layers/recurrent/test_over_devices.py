@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hackle.layers import recurrent
 from hackle.layers.recurrent import newton
@@ -248,3 +249,27 @@ def test_gradients_of_bfloat16_start_from_entries_that_are_not_rounded(cell):
     )
     for a, b in zip(jax.tree.leaves(spread[1:]), jax.tree.leaves(alone[1:]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+
+
+@pytest.mark.devices(2)
+@pytest.mark.parametrize("method", ["scan", "newton", "shooting"])
+@pytest.mark.parametrize("layer", [recurrent.ParaGRU, recurrent.ParaLSTM])
+def test_meshes_of_a_users_own(layer, method):
+    """Rows over explicit axes, and in a `shard_map` that checks what varies; no rules of ours."""
+    where = Mesh(jax.devices()[:2], ("rows",), axis_types=(AxisType.Explicit,))
+    spec = PartitionSpec("rows")
+    x = jax.random.normal(jax.random.key(0), (4, 140, 6))
+    graph, params = nnx.split(layer(6, 6, method=method, rngs=nnx.Rngs(0)))
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(nnx.merge(graph, params)(x)[0]))
+
+    want = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    with jax.set_mesh(where):
+        apart = jax.device_put(x, NamedSharding(where, spec))
+        explicit = jax.jit(jax.grad(loss, (0, 1)))(params, apart)
+        specs = (PartitionSpec(), spec)
+        inside = jax.shard_map(jax.grad(loss, (0, 1)), in_specs=specs, out_specs=specs)
+        manual = jax.jit(inside)(params, apart)
+    for found in (explicit, manual):
+        chex.assert_trees_all_close(jax.device_get(found), jax.device_get(want), atol=2e-5)

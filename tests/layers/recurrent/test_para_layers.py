@@ -11,7 +11,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+from hackle import layers
 from hackle.layers import linen, recurrent
+from hackle.layers.recurrent import cells
 from tests.layers.recurrent.reference import (
     METHODS,
     STATES,
@@ -271,3 +273,31 @@ def test_loss_curves_of_all_methods_agree(cell):
     assert curves[0][-1] < curves[0][0] - 0.2
     for curve in curves[1:]:
         np.testing.assert_allclose(curve, curves[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_lengths_may_be_of_a_type_that_time_is_not(dtype):
+    layer = recurrent.ParaGRU(4, 4, method="scan", rngs=nnx.Rngs(0))
+    conv = layers.CausalConv(4, rngs=nnx.Rngs(0))
+    x, lengths = jax.random.normal(jax.random.key(0), (2, 300, 4)), jnp.asarray([100, 7])
+    for part in (layer, conv):
+        want = part(x, lengths=lengths)
+        chex.assert_trees_all_equal(part(x, lengths=lengths.astype(dtype)), want)
+        found = jax.jit(lambda n, part=part: part(x, lengths=n))(lengths.astype(dtype))
+        chex.assert_trees_all_close(found, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["scan", "newton", "shooting"])
+def test_outside_jit_a_recurrence_is_traced_once(method, monkeypatch):
+    traced = []
+    step = cells.GRU.step
+    monkeypatch.setattr(cells.GRU, "step", lambda *args: traced.append(1) or step(*args))
+    u, a = jnp.ones((1, 71, 3, 2)), jnp.ones((3, 2))
+    run = jax.grad(lambda u: jnp.sum(recurrent.gru(u, a, method=method)[0]))
+    run(u)
+    first = len(traced)
+    run(u + 1), recurrent.gru(u, a, method=method)
+    more = len(traced)
+    run(u + 2), recurrent.gru(u + 1, a, method=method)
+    assert 0 < first and len(traced) == more
+    jax.clear_caches()

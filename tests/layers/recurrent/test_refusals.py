@@ -150,6 +150,32 @@ def test_bounds_that_mean_nothing_are_refused(options, text):
         recurrent.newton_scan(plus, X, H, **options)
 
 
+def test_bounds_are_known_before_the_run_and_scan_has_no_use_for_them():
+    with pytest.raises(ValueError, match="newton_scan: tolerance is traced; expected a number"):
+        jax.jit(lambda t: recurrent.newton_scan(plus, X, H, tolerance=t))(0.1)
+    with pytest.raises(ValueError, match="newton_scan: bound=.*; expected a number above 0"):
+        recurrent.newton_scan(plus, X, H, bound=jnp.ones(2))
+    with pytest.raises(ValueError, match="'scan' does not iterate, got max_iterations=3, fallback"):
+        recurrent.newton_scan(plus, X, H, method="scan", max_iterations=3, fallback=True)
+
+
+@pytest.mark.parametrize(
+    "state, text",
+    [
+        (
+            (jnp.zeros(2, jnp.bfloat16), jnp.zeros(2)),
+            "must have one dtype, got .'bfloat16', 'float32'",
+        ),
+        (jnp.zeros((0,)), r"must not be empty, got shapes .\(0,\)"),
+    ],
+)
+def test_states_that_cannot_be_solved_for_are_refused(state, text):
+    with pytest.raises(ValueError, match=f"newton_scan: arrays of the state {text}"):
+        recurrent.newton_scan(lambda h, x: h, X, state)
+    with pytest.raises(ValueError, match=f"check_jacobian: arrays of the state {text}"):
+        recurrent.check_jacobian(lambda h, x: h, X[0], state)
+
+
 def test_lists_are_arrays():
     u, cut = jax.random.normal(jax.random.key(0), U.shape), [False, False, True, False]
     got = recurrent.gru(u.tolist(), (A + 0.5).tolist(), reset=[cut, cut], lengths=[3, 4])
