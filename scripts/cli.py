@@ -58,8 +58,8 @@ def call(main: Callable[[], int | None]) -> int:
 
 
 def report_name(text: str) -> str:
-    """Type of an option that is part of a file's name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+    """Type of an option that is part of a file's name, or empty: argparse gives it that, too."""
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no name; expected letters, digits, '.', '_' and '-'"
         )
