@@ -17,7 +17,7 @@ from typing import Any
 import attention_rival
 import report
 from attention_rows import DTYPES, KINDS, SAMPLED, Case, Tokens, compile_ahead, fill
-from cli import report_name, run, sizes
+from cli import report_option, run, sizes
 from clock import ROUNDS
 from hackle.zoo.errors import UserError
 from rows import measured
@@ -53,14 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="default: bfloat16, with --quick float32")
     add("--quick", action="store_true", help="one small size where none is given")
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")
-    add(
-        "--report",
-        nargs="?",
-        const="",
-        type=report_name,
-        metavar="NAME",
-        help="write reports/attention[-NAME]_<hardware>_<date>.md",
-    )
+    report_option(p, "attention")
     return p
 
 
@@ -117,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n\n".join(sections))
     if args.report is not None:
         path = report.write(
-            f"attention-{args.report}" if args.report else "attention",
+            "attention",
             device,
+            name=args.report,
             title="Speed of attention",
             sections=sections,
             record={"left out": left_out, "rows": rows},

@@ -17,7 +17,7 @@ from typing import Any
 
 import recurrent_rival
 import report
-from cli import report_name, run, sizes
+from cli import report_option, run, sizes
 from clock import ROUNDS
 from hackle.zoo.errors import UserError
 from recurrent_devices import devices_row
@@ -67,14 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one small size where none is given")
     add("--rival", type=Path, help="built checkout of ml-pararnn to time beside us (CUDA, torch)")
     add("--seconds", type=float, default=480, help="start no row after this, default %(default)s")
-    add(
-        "--report",
-        nargs="?",
-        const="",
-        type=report_name,
-        metavar="NAME",
-        help="write reports/recurrent[-NAME]_<hardware>_<date>.md",
-    )
+    report_option(p, "recurrent")
     return p
 
 
@@ -150,8 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     print("\n\n".join(sections))
     if args.report is not None:
         path = report.write(
-            f"recurrent-{args.report}" if args.report else "recurrent",
+            "recurrent",
             device,
+            name=args.report,
             title="Speed of the recurrent layers",
             sections=sections,
             record={"copy bytes/s": round(rate), "left out": left_out, **rows},

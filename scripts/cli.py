@@ -57,9 +57,22 @@ def call(main: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
 
 
+def report_option(parser: argparse.ArgumentParser, subject: str) -> None:
+    """Adds `--report [NAME]`: the `name` that `report.write` takes, or None for no report."""
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        # Nothing given is no name, which argparse hands to the type, too.
+        type=lambda text: text and report_name(text),
+        metavar="NAME",
+        help=f"write reports/{subject}[-NAME]_<hardware>_<date>.md",
+    )
+
+
 def report_name(text: str) -> str:
-    """Type of an option that is part of a file's name, or empty: argparse gives it that, too."""
-    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+    """Type of an option that is part of a file's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no name; expected letters, digits, '.', '_' and '-'"
         )

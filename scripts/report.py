@@ -62,6 +62,7 @@ def _cell(value: Any) -> str:
 def write(
     subject: str,
     hardware: str,
+    name: str = "",
     *,
     title: str,
     sections: Sequence[str],
@@ -73,9 +74,11 @@ def write(
     Args:
       subject: first part of the file name.
       hardware: what it ran on, e.g. `jax.devices()[0].device_kind`.
+      name: of one report among others on the subject, behind it in the file name.
       sections: Markdown blocks: text and tables.
       record: the numbers for machines; device, date, versions and command are added.
     """
+    subject = f"{subject}-{name}" if name else subject
     date = datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     command = " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])

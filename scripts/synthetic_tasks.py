@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import report
-from cli import report_name, run
+from cli import report_option, run
 
 if TYPE_CHECKING:
     from hackle.zoo.tasks.setups import Setup
@@ -202,8 +202,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, help="models of a kind")
     add("--seed", type=int, help="of the rows and the first model")
     p.add_argument("--method", help="of the recurrences: scan, newton, shooting, fused")
-    p.add_argument("--report", nargs="?", const="", type=report_name, metavar="NAME",
-                   help="write reports/synthetic[-NAME]_<hardware>_<date>")  # fmt: skip
+    report_option(p, "synthetic")
     p.add_argument("--note", default="", help="a paragraph for the report")
     return p
 
@@ -311,8 +310,9 @@ def write_report(label: str, results: list[dict], table: list[dict], note: str) 
         "rounded down."
     )
     path = report.write(
-        f"synthetic-{label}" if label else "synthetic",
+        "synthetic",
         jax.devices()[0].device_kind,
+        name=label,
         title="Synthetic tasks: what a recurrent layer and a transformer layer learn",
         sections=[text, report.table(table), *([note] if note else [])],
         record={"results": [found | {"checks": few(found)} for found in results]},

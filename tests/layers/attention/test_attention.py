@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hackle.layers import attention, attention_with_lse, in_place, masks, merge_attention
-from hackle.layers.attention import dispatch, xla
+from hackle.layers.attention import cudnn, dispatch, xla
 from tests.layers.attention.test_over_devices import HOPPER, TPU, Chip
 
 IMPLEMENTATIONS = ["reference", "xla"]
@@ -378,6 +378,17 @@ def test_samples_of_one_prompt_share_it():
         own = np.flatnonzero((path == 0) | (path == sample))
         alone = attention(query[:, own], key[:, own], value[:, own], mask=masks.Causal())
         np.testing.assert_allclose(joint[:, own], alone, atol=1e-6)
+
+
+def test_cudnn_is_given_a_length_for_every_row(monkeypatch):
+    """It takes no one length for all, which a mask may have; seen here without a GPU."""
+    given = {}
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, **how: given.update(how) or q
+    )
+    args = draw((2, 8, 8, 4, 2, 8), jnp.bfloat16)
+    cudnn.attend(*args, masks.Padding(jnp.asarray([5])), 1.0)
+    np.testing.assert_array_equal(given["key_value_seq_lengths"], [5, 5])
 
 
 @pytest.mark.gpu
