@@ -142,15 +142,12 @@ def row(found: dict) -> dict[str, Any]:
 
 def plot(results: list[dict], path: Path) -> Path:
     """Held-out accuracy of the best seed over the epochs, a panel a task, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(found["task"] for found in results))
-    figure, panels = pyplot.subplots(
-        1, len(tasks), figsize=(1 + 3 * len(tasks), 3.2), dpi=120, sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(1 + 3 * len(tasks), 3.2), dpi=120)
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)
     for axes, task in zip(panels[0], tasks, strict=True):
         for found in results:
             if found["task"] == task:
@@ -171,7 +168,6 @@ def plot(results: list[dict], path: Path) -> Path:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    pyplot.close(figure)
     return path
 
 

@@ -151,12 +151,10 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path) -> Path:
       runs: label -> folder with metrics.jsonl.
       path: of the PNG.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's own
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    figure = Figure(figsize=(8, 5), dpi=120)
+    axes = figure.subplots()
     for index, (label, folder) in enumerate(runs.items()):
         entries = read_metrics(folder)
         color = f"C{index}"
@@ -183,7 +181,6 @@ def plot_losses(runs: Mapping[str, str | Path], path: str | Path) -> Path:
         axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
     return Path(path)
 
 
