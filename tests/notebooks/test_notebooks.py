@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
+from hackle.layers import in_place
 from tests.house.tree import ROOT
 
 # What a test runs behind the cell tagged "parameters".
@@ -45,6 +46,13 @@ def written(notebook: nbformat.NotebookNode) -> str:
 
 def test_every_notebook_is_tested():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == SMALL.keys()
+
+
+def test_all_begin_alike():
+    """With one cell that installs, and the flag that the library asks for."""
+    (first,) = {code_cells(read(name))[0].source for name in SMALL}
+    flag, value = in_place.FLAG.split("=")
+    assert f'FLAG = "{flag}"' in first and f"{{FLAG}}={value}" in first
 
 
 @every_notebook

@@ -105,8 +105,10 @@ def test_steps_are_the_sequence(cell, dtype):
     assert whole.dtype == y.dtype == dtype
     assert all(s.dtype == jnp.float32 for s in jax.tree.leaves((state, final)))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, final, layer.initial_state(3))
+    bound = 1e-6 if dtype == jnp.float32 else 2**-8
     # The GPU kernel takes the chip's own tanh for bfloat16.
-    bound, of_states = (1e-6, 1e-6) if dtype == jnp.float32 else (2**-8, 1e-5)
+    own_tanh = dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    of_states = 1e-5 if own_tanh else 1e-6
     assert error(jnp.stack(rows, 1), whole) <= bound and error(state, final) <= of_states
     # From the middle, a prompt and then steps.
     _, state = layer(x[:, :5])
