@@ -183,6 +183,22 @@ def test_final_states_of_short_rows_are_not_rounded(cell, method):
         assert error(rounded, alone) > 1e-4
 
 
+@pytest.mark.parametrize("method", METHODS)
+@every_cell
+def test_a_layer_does_not_round_them_either(cell, method):
+    """Beside rows that end with it, as the product of input and weights is the same then."""
+    layer, x = made(cell, method=method), inputs((3, 12, IN), dtype=jnp.bfloat16)
+    lengths = [5, 1, 12]
+    y, final = layer(x, lengths=jnp.asarray(lengths))
+    assert y.dtype == jnp.bfloat16
+    for row, length in enumerate(lengths):
+        _, alike = layer(x, lengths=jnp.full(3, length))
+        mine, same = (jax.tree.map(lambda s, row=row: s[row], s) for s in (final, alike))
+        assert error(mine, same) < 1e-6, row
+        rounded = jax.tree.map(lambda s: s.astype(jnp.bfloat16), mine)
+        assert error(rounded, mine) > 1e-4
+
+
 @every_cell
 def test_heads_do_not_see_one_another(cell):
     layer, x = made(cell, heads=2), inputs((1, 5, IN))
